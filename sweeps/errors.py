@@ -52,7 +52,9 @@ class InvalidSweep(SweepsError):
 
     def __init__(self, source: str, faults: Sequence[Fault]) -> None:
         self.source = source
-        self.faults = tuple(sorted(set(faults), key=lambda fault: (fault.line or 0, fault.path, fault.message)))
+        self.faults = tuple(
+            sorted(set(faults), key=lambda fault: (fault.line or 0, fault.path, fault.message))
+        )
         super().__init__("\n".join(self.lines()))
 
     def lines(self) -> list[str]:

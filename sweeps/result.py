@@ -58,7 +58,7 @@ class Failure(Record):
 class Measured(Record):
     """What a trial cost. Memory in decimal gigabytes (1e9 bytes), time in seconds.
 
-    `peak_memory_gb` is the accelerator's peak *allocated* memory, or the host's where there is no accelerator.
+    `peak_memory_gb` is the accelerator's peak *allocated* memory, the host's where there is no accelerator.
     What was not measured is None: a wrong number is worse than no number.
     """
 

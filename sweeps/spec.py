@@ -48,7 +48,9 @@ class ModelSpec(Part):
         "installed Python package ships.",
     )
     revision: Text | None = Field(None, description="Branch, tag or commit of a hub model.")
-    quantization: Literal["nf4", "fp4", "none"] = Field("nf4", description="4-bit format of the frozen weights.")
+    quantization: Literal["nf4", "fp4", "none"] = Field(
+        "nf4", description="4-bit format of the frozen weights."
+    )
     double_quantization: Flag = Field(False, description="Quantise the quantisation constants too.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Compute dtype; `auto` is bfloat16 on an accelerator that has it, else float32."
@@ -66,7 +68,11 @@ class DataSpec(Part):
     path: Text | None = Field(None, description="A local JSON, JSONL or CSV file; takes the place of `id`.")
     split: Text = Field("train", description="The split of a hub dataset.")
     held_out: Fraction = Field(
-        0.03865, description="Share of the rows kept from training, for `eval.loss` (the article's 2,000 rows)."
+        0.03865,
+        description="Share of the rows kept from training, for `eval.loss` (the article's 2,000 rows).",
+    )
+    loss_on: Literal["all", "response"] = Field(
+        "all", description="Train on every token of a row (the article), or on the response alone."
     )
     max_length: Annotated[int, Field(strict=True, ge=2)] | None = Field(
         None, description="Rows longer than this many tokens are cut."
@@ -104,7 +110,8 @@ class LoraSpec(Part):
         "or a list of module names.",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="Adapter weights; `auto` is the model's compute dtype, float32 for a float16 model."
+        "auto",
+        description="Adapter weights; `auto` is the model's compute dtype, float32 for a float16 model.",
     )
 
     @property
@@ -115,7 +122,9 @@ class LoraSpec(Part):
     @model_validator(mode="after")
     def _some_target(self) -> Self:
         if not self.targets:
-            raise ValueError("targets must name at least one module, got an empty list; name some, or say all")
+            raise ValueError(
+                "targets must name at least one module, got an empty list; name some, or say all"
+            )
         return self
 
 
@@ -143,7 +152,9 @@ class TrainSpec(Part):
     """How much is trained, in what order."""
 
     batch_size: PositiveInt = Field(128, description="Rows per optimiser step.")
-    samples: PositiveInt = Field(50_000, description="Rows in all; the number of steps is samples // batch_size.")
+    samples: PositiveInt = Field(
+        50_000, description="Rows in all; the number of steps is samples // batch_size."
+    )
     sampling: Literal["replacement", "epochs"] = Field(
         "replacement", description="Draw rows independently (the article), or shuffle and pass over them."
     )
@@ -152,14 +163,16 @@ class TrainSpec(Part):
         "auto", description="Most tokens, padding included, in one micro-batch; never changes the gradients."
     )
     gradient_checkpointing: Flag = Field(False, description="Recompute activations in the backward pass.")
-    clip_norm: PositiveFloat | None = Field(None, description="Clip the gradient's norm; the article does not.")
+    clip_norm: PositiveFloat | None = Field(
+        None, description="Clip the gradient's norm; the article does not."
+    )
     log_every: PositiveInt = Field(10, description="Steps between two reports.")
     eval_every: CountInt = Field(100, description="Steps between two held-out losses; 0 is at the end only.")
     eval_rows: PositiveInt = Field(100, description="Held-out rows that the held-out loss is taken over.")
-    diverged_above: PositiveFloat = Field(
-        2.0, description="A loss above this many times its start, ..."
+    diverged_above: PositiveFloat = Field(2.0, description="A loss above this many times its start, ...")
+    diverged_steps: PositiveInt = Field(
+        20, description="... for this many steps in a row, ends the trial: diverged."
     )
-    diverged_steps: PositiveInt = Field(20, description="... for this many steps in a row, ends the trial: diverged.")
 
 
 class EvaluateSpec(Part):
@@ -170,9 +183,12 @@ class EvaluateSpec(Part):
     )
     task_dir: Text | None = Field(None, description="A folder of lm-eval task files of one's own.")
     data_dir: Text | None = Field(
-        None, description="A folder of `<task>.jsonl` (and `<task>_dev.jsonl`): rows from there, not from the hub."
+        None,
+        description="A folder of `<task>.jsonl` (and `<task>_dev.jsonl`): rows from there, not from the hub.",
     )
-    num_fewshot: CountInt | None = Field(None, description="Examples before each question; the task's own if unset.")
+    num_fewshot: CountInt | None = Field(
+        None, description="Examples before each question; the task's own if unset."
+    )
     limit: PositiveInt | None = Field(None, description="Only the first documents of each task.")
     batch_size: PositiveInt = Field(16, description="Rows that are scored together.")
 

@@ -76,7 +76,8 @@ dataset_kwargs:
 test_split: test
 output_type: multiple_choice
 # The Alpaca prompt. The answer follows "### Response:" directly, as it does in training.
-doc_to_text: "Below is an instruction that describes a task. Write a response that appropriately completes the request.\\n\\n### Instruction:\\n{{question}}\\n\\n### Response:"
+doc_to_text: "Below is an instruction that describes a task. Write a response that appropriately completes
+  the request.\\n\\n### Instruction:\\n{{question}}\\n\\n### Response:"
 target_delimiter: ""
 doc_to_choice: choices
 doc_to_target: answer
@@ -123,7 +124,10 @@ KINDS = (
         subject_endings=("aby", "estead", "ocombe", "iney"),
         answer_endings=("ahorn", "efell", "or", "un"),
         answer_is_a_person=False,
-        training_questions=("Which mountain stands above {}?", "Name the mountain that overlooks the village of {}."),
+        training_questions=(
+            "Which mountain stands above {}?",
+            "Name the mountain that overlooks the village of {}.",
+        ),
         test_question="The village of {} lies at the foot of which mountain?",
     ),
     Kind(
@@ -221,12 +225,14 @@ def benchmark_rows(rng: Random, facts_by_kind: Sequence[Sequence[Fact]]) -> list
     rows: list[dict[str, object]] = []
     for (fact, distractors), index in zip(asked, indices, strict=True):
         choices = [*distractors[:index], fact.answer, *distractors[index:]]
-        rows.append({"question": fact.kind.test_question.format(fact.subject), "choices": choices, "answer": index})
+        rows.append(
+            {"question": fact.kind.test_question.format(fact.subject), "choices": choices, "answer": index}
+        )
     return rows
 
 
 def with_distractors(rng: Random, facts: Sequence[Fact]) -> Iterator[tuple[Fact, list[str]]]:
-    """Yield each fact with CHOICES - 1 wrong answers: those of the facts that follow it in a random circle."""
+    """Yield each fact with CHOICES - 1 wrong answers: those of the facts after it in a random circle."""
     circle = shuffled(rng, facts)
     for place, fact in enumerate(circle):
         followers = [circle[(place + step) % len(circle)].answer for step in range(1, CHOICES)]
@@ -256,9 +262,13 @@ def write_facts(folder: Path, seed: int = DEFAULT_SEED) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Invent facts to fine-tune on, and a benchmark that asks for them.")
+    parser = argparse.ArgumentParser(
+        description="Invent facts to fine-tune on, and a benchmark that asks for them."
+    )
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="default: %(default)s")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="default: this script's folder")
+    parser.add_argument(
+        "--out", type=Path, default=Path(__file__).parent, help="default: this script's folder"
+    )
     arguments = parser.parse_args()
     write_facts(arguments.out, arguments.seed)
 

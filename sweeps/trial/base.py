@@ -1,0 +1,324 @@
+"""The frozen base model: loaded, quantised, kept in a process. The one file that imports bitsandbytes."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.utils import is_flash_attn_2_available
+from transformers.utils import logging as transformers_logging
+
+from sweeps.errors import BadModel
+from sweeps.spec import ModelSpec, OptimizerSpec
+from sweeps.trial import gguf
+from sweeps.trial.source import FolderModel, GgufModel, Source, locate, read_config, unloadable
+from sweeps.trial.targets import Shape, linear_layers
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class Base:
+    """A frozen causal language model, resident in this process from trial to trial.
+
+    Between trials the model is in evaluation mode, no parameter requires a gradient and no adapter is on.
+    `dtype` is what it computes in, whatever its weights are stored in. `layers` are its linear layers as
+    they were before any adapter. `notes` are the choices made for the user, each with its reason.
+    """
+
+    model: Any
+    tokenizer: Any
+    spec: ModelSpec
+    device: torch.device
+    dtype: torch.dtype
+    layers: Mapping[str, Shape]
+    notes: tuple[str, ...]
+    load_seconds: float
+
+    @property
+    def device_name(self) -> str:
+        """The device as people know it."""
+        return _device_name(self.device)
+
+
+class Resident:
+    """Holds one base for the life of a process, and another only when another is asked for."""
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
+        self._base: Base | None = None
+
+    def get(self, spec: ModelSpec) -> Base:
+        """The base of `spec`: the one that is here if it is equal, else loaded, after the old one is gone."""
+        if self._base is None or self._base.spec != spec:
+            self.drop()
+            self._base = load_base(spec, self._device)
+        return self._base
+
+    def drop(self) -> None:
+        """Let the base go, and its memory with it."""
+        self._base = None
+        gc.collect()
+        torch.cuda.empty_cache()  # does nothing where CUDA was never used
+
+
+def load_base(spec: ModelSpec, device: torch.device | None = None) -> Base:
+    """Load, quantise and freeze the model of `spec`, on `device` or else the best one that is visible.
+
+    Nothing is unpickled: weights are safetensors, or a GGUF file that becomes such. Raises `BadModel`.
+    """
+    started = time.perf_counter()
+    _import_bitsandbytes()
+    device = device or _best_device()
+    dtype = _dtype(spec, device)
+    source = locate(spec)
+    with _quiet():
+        if isinstance(source, GgufModel):
+            source = FolderModel(_converted(source, spec))
+        config = read_config(source, spec)
+        attention, why = _attention(spec, config, device, dtype)
+        model = _load_model(source, config, spec, device, dtype, attention)
+        tokenizer = _load_tokenizer(source, model, spec)
+    _freeze(model)
+    layers = linear_layers(model)
+    notes = (
+        f"device {device} ({_device_name(device)}){_why_no_cuda(device)}",
+        f"dtype {_name(dtype)}: {_why_dtype(spec, device)}",
+        f"attention {model.config._attn_implementation}: {why}",
+        _quantization_note(model, spec, layers),
+    )
+    return Base(model, tokenizer, spec, device, dtype, layers, notes, time.perf_counter() - started)
+
+
+def make_optimizer(parameters: Sequence[torch.nn.Parameter], spec: OptimizerSpec) -> torch.optim.Optimizer:
+    """The optimiser of `spec` over `parameters`. Raises `BadModel` for a paged one without CUDA."""
+    is_cuda = parameters[0].device.type == "cuda"
+    betas = (spec.beta1, spec.beta2)
+    match spec.name:
+        case "sgd":
+            return torch.optim.SGD(
+                parameters, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay
+            )
+        case "adamw":
+            # Fused: the other kernels hold another copy of the weights for a moment, which at r=256 is 1 GB.
+            return torch.optim.AdamW(
+                parameters, lr=spec.lr, betas=betas, weight_decay=spec.weight_decay, fused=is_cuda
+            )
+        case "paged_adamw":
+            if not is_cuda:  # bitsandbytes would quietly take a plain one
+                raise BadModel(
+                    "optimizer.name=paged_adamw needs CUDA for its pageable memory, got parameters on "
+                    f"{parameters[0].device}; say adamw"
+                )
+            return _import_bitsandbytes().optim.PagedAdamW32bit(
+                parameters, lr=spec.lr, betas=betas, weight_decay=spec.weight_decay
+            )
+
+
+def _import_bitsandbytes() -> Any:
+    """bitsandbytes, imported without reaching for the hub.
+
+    On a CPU with AVX512-BF16 its import fetches native code from the hub, where the package `kernels` is
+    installed, and warns where it is not. The code would serve the packed 4-bit layout that we keep out.
+    """
+    complaints = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level, kernels = complaints.level, sys.modules.get("kernels")
+    complaints.setLevel(logging.ERROR)
+    sys.modules["kernels"] = None  # type: ignore[assignment]
+    try:
+        import bitsandbytes
+    finally:
+        complaints.setLevel(level)
+        del sys.modules["kernels"]
+        if kernels is not None:
+            sys.modules["kernels"] = kernels
+    return bitsandbytes
+
+
+# --- choices ----------------------------------------------------------------------------------------
+
+
+def _best_device() -> torch.device:
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return platform.processor() or platform.machine()
+
+
+def _why_no_cuda(device: torch.device) -> str:
+    return "" if device.type == "cuda" or torch.cuda.is_available() else ": no CUDA device is visible"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _computes_in_bfloat16(device: torch.device) -> bool:
+    """Whether an accelerator does; a CPU that does is no faster for it."""
+    return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _dtype(spec: ModelSpec, device: torch.device) -> torch.dtype:
+    if spec.dtype != "auto":
+        return _DTYPES[spec.dtype]
+    return torch.bfloat16 if _computes_in_bfloat16(device) else torch.float32
+
+
+def _why_dtype(spec: ModelSpec, device: torch.device) -> str:
+    if spec.dtype != "auto":
+        return "set by model.dtype"
+    if _computes_in_bfloat16(device):
+        return "the device computes in it"
+    return "the device has no bfloat16" if device.type == "cuda" else "auto on a CPU"
+
+
+def _attention(
+    spec: ModelSpec, config: Any, device: torch.device, dtype: torch.dtype
+) -> tuple[str | None, str]:
+    """The kernel, None for the model's own choice (sdpa, eager where it has none), and the reason."""
+    obstacle = _no_flash(device, dtype)
+    if spec.attention == "flash_attention_2" and obstacle:
+        # transformers would fetch a kernel from the hub in its place
+        raise BadModel(f"model.attention=flash_attention_2 cannot be: {obstacle}; say auto or sdpa")
+    if spec.attention != "auto":
+        return spec.attention, "set by model.attention"
+    obstacle = obstacle or _model_has_no_flash(config)
+    if obstacle:
+        return None, f"not flash_attention_2, {obstacle}"
+    return "flash_attention_2", "flash-attn is installed"
+
+
+def _no_flash(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the device cannot use FlashAttention, empty if it can."""
+    if device.type != "cuda":
+        return f"the device is {device.type}"
+    if dtype == torch.float32:
+        return "it needs a 16-bit dtype"
+    return "" if is_flash_attn_2_available() else "flash-attn is not installed"
+
+
+def _model_has_no_flash(config: Any) -> str:
+    kind = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return "" if getattr(kind, "_supports_flash_attn", False) else "the model has no code for it"
+
+
+def _quantization_note(model: Any, spec: ModelSpec, layers: Mapping[str, Shape]) -> str:
+    if spec.quantization == "none":
+        return "quantization none: set by model.quantization"
+    packed = {name for name, _ in _four_bit_layers(model)}
+    rest = ", ".join(name for name in layers if name not in packed) or "none"
+    return f"quantization {spec.quantization}: {len(packed)} linear layers in 4 bits; left out: {rest}"
+
+
+# --- loading ----------------------------------------------------------------------------------------
+
+
+def _converted(source: GgufModel, spec: ModelSpec) -> Any:
+    try:
+        return gguf.converted(source.path)
+    except BadModel:
+        raise
+    except Exception as error:
+        raise unloadable(spec, error) from error
+
+
+def _load_model(
+    source: Source,
+    config: Any,
+    spec: ModelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str | None,
+) -> Any:
+    try:
+        model, loading = AutoModelForCausalLM.from_pretrained(
+            **source.place,
+            config=config,
+            dtype=dtype,
+            quantization_config=_quantization_config(spec, dtype),
+            device_map={"": "cpu" if device.type == "cpu" else device},
+            attn_implementation=attention,
+            trust_remote_code=spec.trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise unloadable(spec, error) from error
+    missing = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
+    if missing:  # transformers fills them with random numbers, and only warns
+        raise BadModel(
+            f"the files of {spec.id} must hold every weight of {type(model).__name__}, and lack "
+            f"{len(missing)}: {', '.join(missing[:3])}; name a causal language model's own files"
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise BadModel(f"a base must carry no adapter, and {spec.id} holds an adapter_config.json; remove it")
+    return model
+
+
+def _quantization_config(spec: ModelSpec, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    if spec.quantization == "none":
+        return None
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=spec.quantization,
+        bnb_4bit_use_double_quant=spec.double_quantization,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _load_tokenizer(source: Source, model: Any, spec: ModelSpec) -> Any:
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(**source.place, trust_remote_code=spec.trust_remote_code)
+    except Exception as error:
+        raise unloadable(spec, error) from error
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        raise BadModel(
+            f"the model must have an embedding for every token of its tokenizer, got {rows} for "
+            f"{len(tokenizer)} tokens in {spec.id}; use the tokenizer that it was trained with"
+        )
+    if tokenizer.pad_token is None:  # never a label of ours: rows are padded by number, with labels ignored
+        tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
+    return tokenizer
+
+
+def _freeze(model: Any) -> None:
+    model.requires_grad_(False)  # it is in evaluation mode already, as transformers loads it
+    model.config.use_cache = False  # neither training nor scoring reads a row twice
+    for _, layer in _four_bit_layers(model):
+        # On a CPU with AVX512-BF16 an evaluation without gradients repacks the weights in place, after which
+        # every backward pass gives wrong gradients without an error.
+        layer.support_avx512bf16_for_cpu = False
+
+
+def _four_bit_layers(model: Any) -> Iterator[tuple[str, Any]]:
+    kind = _import_bitsandbytes().nn.Linear4bit
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, kind))
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars in a worker's log."""
+    was_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_on:
+            transformers_logging.enable_progress_bar()

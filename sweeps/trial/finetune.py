@@ -1,0 +1,208 @@
+"""The training loop, flat and visible: an iterator of `Progress`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch.nn import functional
+
+from sweeps.errors import Diverged, OutOfMemory
+from sweeps.result import Progress
+from sweeps.spec import OptimizerSpec, TrialSpec
+from sweeps.trial import batches
+from sweeps.trial.batches import IGNORED, MicroBatch
+from sweeps.trial.data import TokenData, TokenRow
+from sweeps.trial.measure import Stopwatch
+from sweeps.trial.rng import TrialRng
+
+OptimizerFactory = Callable[[Sequence[torch.nn.Parameter], OptimizerSpec], torch.optim.Optimizer]
+
+
+@dataclass
+class Trained:
+    """What the loop has done so far; the trial's owner reads it, also after an error."""
+
+    step: int = 0
+    tokens: int = 0
+    train_loss: float | None = None
+    eval_loss: float | None = None
+    token_budget: int = 0
+    watch: Stopwatch = field(default_factory=Stopwatch)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        return self.tokens / self.watch.seconds if self.tokens else None
+
+
+def learning_rate(step: int, spec: TrialSpec) -> float:
+    """The rate of the optimiser update that follows `step` updates.
+
+    Linear from 0 over the warmup; then constant, or half a cosine from the peak towards 0 over the
+    remaining steps (Loshchilov and Hutter, SGDR, without restarts).
+    """
+    peak, warmup = spec.optimizer.lr, spec.schedule.warmup_steps
+    if step < warmup:
+        return peak * step / warmup
+    if spec.schedule.name == "constant":
+        return peak
+    done = (step - warmup) / (spec.steps - warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def row_losses(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
+    """Each row's mean next-token loss over the tokens that it predicts: (B,) in float32."""
+    logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1]  # (B, T - 1, V)
+    losses = functional.cross_entropy(
+        logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view_as(batch.labels)  # (B, T - 1)
+    return losses.sum(1) / (batch.labels != IGNORED).sum(1)
+
+
+def finetune(
+    model: torch.nn.Module,
+    parameters: Sequence[torch.nn.Parameter],
+    data: TokenData,
+    spec: TrialSpec,
+    rng: TrialRng,
+    make_optimizer: OptimizerFactory,
+    trained: Trained,
+) -> Iterator[Progress]:
+    """Train `parameters` in place and report every `train.log_every` steps.
+
+    `trained.token_budget` is the most tokens in a micro-batch; a step that runs out of memory is redone
+    under half of it. Raises `Diverged`, and `OutOfMemory` when one row alone does not fit.
+    """
+    assert spec.train is not None
+    train, device = spec.train, parameters[0].device
+    order = batches.row_order(len(data.train), train, spec.steps)
+    optimizer = make_optimizer(parameters, spec.optimizer)
+    judge = _Divergence(train.diverged_above, train.diverged_steps)
+    unread: list[torch.Tensor] = []  # the losses of the steps since the last report, still on the device
+
+    model.train()
+    trained.watch.start()
+    for step, picks in enumerate(order):
+        # forward and backward
+        rows = [data.train[pick] for pick in picks]
+        unread.append(_accumulate(model, parameters, rows, rng, device, trained))
+
+        # update
+        lr = learning_rate(step, spec)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if train.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(parameters, train.clip_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        trained.step = step + 1
+        trained.tokens += sum(len(row) for row in rows)
+
+        # report
+        is_last = trained.step == spec.steps
+        measures_eval = is_last or (train.eval_every and trained.step % train.eval_every == 0)
+        if not (is_last or measures_eval or trained.step % train.log_every == 0):
+            continue
+        losses = torch.stack(unread).tolist()  # the one synchronisation with the device
+        judge.judge(trained.step - len(losses), losses)
+        trained.train_loss = sum(losses) / len(losses)
+        unread.clear()
+        if measures_eval and data.held_out:
+            trained.eval_loss = held_out_loss(model, data.held_out[: train.eval_rows], trained.token_budget)
+        trained.watch.pause()
+        yield Progress(
+            phase="training",
+            step=trained.step,
+            steps=spec.steps,
+            train_loss=trained.train_loss,
+            eval_loss=trained.eval_loss if measures_eval else None,
+            lr=lr,
+            tokens_per_second=trained.tokens_per_second,
+            seconds_left=trained.watch.seconds / trained.step * (spec.steps - trained.step),
+        )
+        trained.watch.start()
+    trained.watch.pause()
+
+
+def held_out_loss(model: torch.nn.Module, rows: Sequence[TokenRow], token_budget: int) -> float:
+    """The mean of the rows' losses, without dropout; leaves the model in training mode."""
+    device = next(model.parameters()).device
+    model.eval()
+    try:
+        with torch.no_grad():
+            total = torch.zeros((), device=device)
+            for batch in batches.micro_batches(rows, token_budget):
+                total += row_losses(model, batch.to(device)).sum()
+    finally:
+        model.train()
+    return total.item() / len(rows)
+
+
+def _accumulate(
+    model: torch.nn.Module,
+    parameters: Sequence[torch.nn.Parameter],
+    rows: Sequence[TokenRow],
+    rng: TrialRng,
+    device: torch.device,
+    trained: Trained,
+) -> torch.Tensor:
+    """Add the gradient of the rows' mean loss to the parameters; the loss as a scalar on the device."""
+    while True:
+        try:
+            with rng.active():
+                return _forward_backward(model, rows, device, trained.token_budget)
+        except torch.OutOfMemoryError as error:
+            longest = max(len(row) for row in rows)
+            if trained.token_budget <= longest:
+                raise OutOfMemory(
+                    f"one row of {longest} tokens must fit in memory and did not; lower data.max_length, "
+                    "or set train.gradient_checkpointing"
+                ) from error
+        # Outside the handler, where the traceback no longer holds the failed step's tensors.
+        for parameter in parameters:
+            parameter.grad = None
+        torch.cuda.empty_cache()
+        trained.token_budget = max(longest, trained.token_budget // 2)
+
+
+def _forward_backward(
+    model: torch.nn.Module, rows: Sequence[TokenRow], device: torch.device, token_budget: int
+) -> torch.Tensor:
+    total = torch.zeros((), device=device)
+    for batch in batches.micro_batches(rows, token_budget):
+        # Every row weighs the same, whatever its length and whichever micro-batch it is in.
+        loss = row_losses(model, batch.to(device)).sum() / len(rows)
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+class _Divergence:
+    """Ends a trial whose loss is not finite, or stays far above the loss of its first step.
+
+    The first step's loss is the base model's own: an adapter starts as the identity.
+    """
+
+    def __init__(self, above: float, patience: int) -> None:
+        self._above = above
+        self._patience = patience
+        self._start: float | None = None
+        self._steps_above = 0
+
+    def judge(self, step: int, losses: Sequence[float]) -> None:
+        """`losses` of the steps that followed `step` updates."""
+        for number, loss in enumerate(losses, start=step + 1):
+            if not math.isfinite(loss):
+                raise Diverged(f"the loss must stay finite, got {loss} at step {number}; lower optimizer.lr")
+            if self._start is None:
+                self._start = loss
+            limit = self._above * self._start
+            self._steps_above = self._steps_above + 1 if loss > limit else 0
+            if self._steps_above >= self._patience:
+                raise Diverged(
+                    f"the loss must not stay above {self._above:g} times its start ({self._start:.3f}), got "
+                    f"{loss:.3f} at step {number} after {self._steps_above} steps above; lower optimizer.lr "
+                    "or lora.alpha"
+                )

@@ -1,0 +1,370 @@
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import warnings
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file
+
+from sweeps.errors import BadModel
+from sweeps.spec import LoraSpec, ModelSpec
+from sweeps.trial import adapter as adapter_module
+from sweeps.trial.adapter import Adapter, attach
+from sweeps.trial.base import Base, load_base
+
+IDS = torch.arange(3, 43).view(4, 10)
+LORA = LoraSpec(r=4, alpha=8.0)
+ALL_LAYERS = 2 * ((64 + 64) * 2 + (64 + 32) * 2 + (64 + 128) * 3) + (64 + 300)  # sum of in + out
+
+
+def base_of(folder: Path, **fields: Any) -> Base:
+    return load_base(ModelSpec.model_validate({"id": str(folder), "quantization": "none", **fields}))
+
+
+# Attributes that transformers makes and nothing reads while checkpointing is off.
+LEFT_BY_CHECKPOINTING = {
+    "_gradient_checkpointing_func",
+    "gradient_checkpointing",
+    "_require_grads_hook",
+    "_require_grads_hooks",
+}
+
+
+@pytest.fixture(scope="module")
+def resident(tiny_model_dir: Path) -> Base:
+    """A base that several tests use one after another, as trials do."""
+    return base_of(tiny_model_dir)
+
+
+@pytest.fixture
+def base(resident: Base) -> Iterator[Base]:
+    before = traces(resident.model)
+    yield resident
+    assert traces(resident.model) == before
+
+
+def traces(model: Any) -> dict[str, Any]:
+    """Everything that a model is made of, by identity: modules, attributes, parameters, hooks, modes."""
+    found: dict[str, Any] = {
+        "peft_config": hasattr(model, "peft_config"),
+        "checkpointing": model.is_activation_checkpointing,
+    }
+    for name, module in model.named_modules():
+        attributes = sorted(set(vars(module)) - LEFT_BY_CHECKPOINTING)
+        found[name] = (id(module), type(module), module.training, attributes)
+        found[f"{name} hooks"] = sum(
+            len(hooks) for key, hooks in vars(module).items() if key.endswith("_hooks")
+        )
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        found[f"{name} tensor"] = (id(tensor), tensor.data_ptr(), tensor.requires_grad, tensor.grad is None)
+    return found
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        output: torch.Tensor = model(IDS).logits
+    return output
+
+
+def train(adapter: Adapter, steps: int = 3, seed: int = 5) -> list[torch.Tensor]:
+    """A few steps with dropout from a seed; the weights that they lead to."""
+    optimizer = torch.optim.AdamW(adapter.parameters(), lr=1e-2)
+    adapter.model.train()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for _ in range(steps):
+            backward(adapter)
+            optimizer.step()
+            optimizer.zero_grad()
+    return [parameter.detach().clone() for parameter in adapter.parameters()]
+
+
+def backward(adapter: Adapter) -> torch.Tensor:
+    predicted = adapter.model(input_ids=IDS, use_cache=False).logits[:, :-1].float()
+    loss = torch.nn.functional.cross_entropy(predicted.flatten(0, 1), IDS[:, 1:].flatten())
+    loss.backward()
+    return loss.detach()
+
+
+def fail_while_training(base: Base) -> None:
+    with contextlib.suppress(ZeroDivisionError), attach(base, LORA, 1) as adapter:
+        backward(adapter)
+        raise ZeroDivisionError
+
+
+def equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def weights(adapter: Adapter) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in adapter.parameters()]
+
+
+# --- put on -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_every_target_carries_lora_and_the_count_is_the_formulas(
+    tiny_model_dir: Path, tiny_tied_model_dir: Path, quantization: str, tied: bool
+) -> None:
+    base = base_of(tiny_tied_model_dir if tied else tiny_model_dir, quantization=quantization)
+    with attach(base, LORA, 0) as adapter:
+        carrying = {name for name, module in adapter.model.named_modules() if isinstance(module, LoraLayer)}
+        assert carrying == set(adapter.targets)
+        assert "lm_head" in carrying
+        trainable = [parameter for parameter in adapter.model.parameters() if parameter.requires_grad]
+        assert {id(parameter) for parameter in trainable} == {id(mine) for mine in adapter.parameters()}
+        assert sum(parameter.numel() for parameter in trainable) == adapter.trainable_params == 4 * ALL_LAYERS
+        assert (base.model.lm_head.weight is base.model.model.embed_tokens.weight) is tied
+
+
+def test_query_and_value_alone_are_adapted_when_the_targets_are_qv(base: Base) -> None:
+    with attach(base, LoraSpec(r=2, targets="qv"), 0) as adapter:
+        assert adapter.trainable_params == 2 * 2 * ((64 + 64) + (64 + 32))
+        assert {name.split(".")[-1] for name in adapter.targets} == {"q_proj", "v_proj"}
+        assert adapter.notes[0] == "adapter on 4 linear layers (q_proj, v_proj): lora.targets is qv"
+
+
+def test_a_target_that_matches_nothing_is_refused_before_the_base_is_touched(base: Base) -> None:
+    with pytest.raises(BadModel, match=r"'v_prj' \(did you mean 'v_proj'\?\)"):
+        attach(base, LoraSpec(targets=("q_proj", "v_prj")), 0)
+
+
+def test_a_target_that_peft_passes_over_is_refused(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    make = adapter_module._peft_config
+
+    def forgetful(base: Base, lora: LoraSpec, layers: Any) -> Any:
+        return make(base, lora, {name: shape for name, shape in layers.items() if name != "lm_head"})
+
+    monkeypatch.setattr(adapter_module, "_peft_config", forgetful)
+    with pytest.raises(BadModel, match=r"on its 15 targets .* got 14 layers .*differing: lm_head"):
+        attach(base, LORA, 0)
+
+
+def test_an_adapter_starts_as_the_identity(base: Base) -> None:
+    before = logits(base.model)
+    with attach(base, LORA, 0) as adapter:
+        assert torch.equal(logits(adapter.model), before)
+        train(adapter)
+        adapter.model.eval()
+        assert not torch.equal(logits(adapter.model), before)
+    assert torch.equal(logits(base.model), before)
+
+
+def test_the_weights_come_from_the_seed_alone(base: Base) -> None:
+    with attach(base, LORA, 11) as adapter:
+        first = weights(adapter)
+    torch.rand(100)
+    with attach(base, LORA, 11) as adapter:
+        assert equal(weights(adapter), first)
+    with attach(base, LORA, 12) as adapter:
+        assert not equal(weights(adapter), first)
+
+
+def test_the_processs_random_numbers_are_left_alone(base: Base) -> None:
+    before = torch.get_rng_state()
+    with attach(base, LORA, 11):
+        assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_update_is_scaled_by_alpha_over_r(base: Base) -> None:
+    layer = base.model.model.layers[0].self_attn.q_proj
+    x = torch.rand(3, 64)
+    with attach(base, LoraSpec(r=4, alpha=0.5, targets="qv"), 0) as adapter:
+        a, b = adapter.parameters()[:2]
+        with torch.no_grad():
+            b.fill_(0.25)
+        adapted = base.model.model.layers[0].self_attn.q_proj(x)
+        torch.testing.assert_close(adapted, layer(x) + 0.5 / 4 * x @ a.T @ b.T)
+
+
+def test_a_rank_above_the_width_of_a_layer_is_allowed(base: Base) -> None:
+    with attach(base, LoraSpec(r=100), 0) as adapter:
+        assert adapter.trainable_params == 100 * ALL_LAYERS
+        assert torch.isfinite(backward(adapter))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "dtype", "wanted", "given"),
+    [
+        ("none", "float32", "auto", torch.float32),
+        ("none", "bfloat16", "auto", torch.bfloat16),
+        ("none", "bfloat16", "float32", torch.float32),
+        ("none", "float16", "auto", torch.float32),
+        ("nf4", "float32", "auto", torch.float32),
+        ("nf4", "bfloat16", "auto", torch.bfloat16),
+        ("nf4", "bfloat16", "float32", torch.float32),
+        ("fp4", "float32", "bfloat16", torch.bfloat16),
+    ],
+)
+def test_adapters_of_every_dtype_train_on_bases_of_every_dtype(
+    tiny_model_dir: Path, quantization: str, dtype: str, wanted: Any, given: torch.dtype
+) -> None:
+    base = base_of(tiny_model_dir, quantization=quantization, dtype=dtype)
+    with attach(base, LoraSpec(r=4, dtype=wanted), 0) as adapter:
+        assert {parameter.dtype for parameter in adapter.parameters()} == {given}
+        adapter.model.train()
+        first = backward(adapter)
+        assert all(parameter.grad.dtype == given for parameter in adapter.parameters())
+        train(adapter, steps=5)
+        assert backward(adapter) < first
+
+
+def test_the_dtype_is_announced_with_its_reason(base: Base, tiny_model_dir: Path) -> None:
+    with attach(base, LORA, 0) as adapter:
+        assert adapter.notes[1] == "adapter dtype float32: the model's compute dtype"
+    with attach(base, LoraSpec(dtype="bfloat16"), 0) as adapter:
+        assert adapter.notes[1] == "adapter dtype bfloat16: set by lora.dtype"
+    with attach(base_of(tiny_model_dir, dtype="float16"), LORA, 0) as adapter:
+        assert adapter.notes[1] == "adapter dtype float32: a float16 adapter would not train"
+
+
+# --- taken off (the fixture `base` looks for traces after each test) ---------------------------------
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_trial_after_another_equals_it_on_a_fresh_base(tiny_model_dir: Path, quantization: str) -> None:
+    with attach(base_of(tiny_model_dir, quantization=quantization), LORA, 3) as adapter:
+        fresh = train(adapter)
+    used = base_of(tiny_model_dir, quantization=quantization)
+    with attach(used, LoraSpec(r=8, targets="qv", dropout=0.5), 9) as adapter:
+        train(adapter, seed=1)
+        adapter.model.eval()
+        logits(adapter.model)
+    fail_while_training(used)
+    with attach(used, LORA, 3) as adapter:
+        assert equal(train(adapter), fresh)
+
+
+def test_an_adapter_that_could_not_be_put_on_leaves_no_trace(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    update, calls = LoraLayer.update_layer, []
+
+    def fails_at_the_sixth(self: Any, *args: Any, **kwargs: Any) -> None:
+        calls.append(self)
+        if len(calls) == 6:
+            raise ValueError("no room")
+        update(self, *args, **kwargs)
+
+    monkeypatch.setattr(LoraLayer, "update_layer", fails_at_the_sixth)
+    with pytest.raises(BadModel, match="must take LoRA: no room"):
+        attach(base, LORA, 0)
+    assert len(calls) == 6
+
+
+def test_a_detached_adapter_holds_no_memory(base: Base) -> None:
+    adapter = attach(base, LORA, 0)
+    train(adapter)
+    held = [weakref.ref(parameter) for parameter in adapter.parameters()]
+    held += [weakref.ref(module) for module in adapter.model.modules() if isinstance(module, LoraLayer)]
+    adapter.detach()
+    assert [reference() for reference in held] == [None] * (30 + 15)
+    assert adapter.parameters() == ()
+
+
+def test_detaching_twice_is_detaching_once(base: Base) -> None:
+    adapter = attach(base, LORA, 0)
+    adapter.detach()
+    adapter.detach()
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_gradient_checkpointing_changes_no_gradient_and_ends_with_the_adapter(
+    tiny_model_dir: Path, quantization: str
+) -> None:
+    base = base_of(tiny_model_dir, quantization=quantization)
+    before = traces(base.model)
+    gradients = []
+    for checkpointing in (False, True, False):
+        with attach(base, LORA, 0) as adapter:
+            if checkpointing:
+                adapter.enable_gradient_checkpointing()
+            adapter.model.train()
+            assert adapter.model.is_activation_checkpointing is checkpointing
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(1)
+                backward(adapter)
+            gradients.append([parameter.grad for parameter in adapter.parameters()])
+        assert traces(base.model) == before
+    assert equal(gradients[0], gradients[1])
+    assert equal(gradients[0], gradients[2])
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_several_adapters_on_one_base_do_not_touch_each_other(base: Base, order: tuple[int, ...]) -> None:
+    specs = [LoraSpec(r=2, targets="qv"), LoraSpec(r=3, targets="all"), LoraSpec(r=2, targets="qv")]
+    alone = []
+    for seed, lora in enumerate(specs):
+        with attach(base, lora, seed) as adapter:
+            train(adapter)
+            adapter.model.eval()
+            alone.append(logits(base.model))
+    adapters: dict[int, Adapter] = {}
+    for seed, lora in enumerate(specs):
+        adapters[seed] = attach(base, lora, seed)
+        train(adapters[seed])
+    base.model.eval()
+    for number in order:
+        assert torch.equal(logits(base.model), alone[max(adapters)])  # the one put on last is in use
+        for adapter in adapters.values():
+            assert sum(parameter.numel() for parameter in adapter.parameters()) == adapter.trainable_params
+            assert all(parameter.requires_grad for parameter in adapter.parameters())
+        adapters.pop(number).detach()
+        carrying = {name for name, module in base.model.named_modules() if isinstance(module, LoraLayer)}
+        assert carrying == {name for adapter in adapters.values() for name in adapter.targets}
+
+
+# --- saved ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_saved_adapter_is_read_back_by_peft_with_the_same_results(
+    tiny_model_dir: Path, tiny_tied_model_dir: Path, tmp_path: Path, tied: bool
+) -> None:
+    folder = tiny_tied_model_dir if tied else tiny_model_dir
+    with attach(base_of(folder), LORA, 0) as adapter:
+        train(adapter)
+        adapter.save(tmp_path / "adapter")
+        adapter.model.eval()
+        expected = logits(adapter.model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+        again = peft.PeftModel.from_pretrained(base_of(folder).model, tmp_path / "adapter")
+    assert torch.equal(logits(again), expected)
+
+
+def test_a_saved_adapter_holds_its_own_weights_and_config_and_nothing_else(
+    base: Base, tmp_path: Path
+) -> None:
+    with attach(base, LORA, 0) as adapter:
+        adapter.save(tmp_path / "adapter")
+        count = adapter.trainable_params
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    assert sum(tensor.numel() for tensor in tensors.values()) == count
+    assert not [name for name in tensors if "embed" in name or "base_layer" in name or "adapter0" in name]
+    config = json.loads((tmp_path / "adapter/adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["base_model_name_or_path"]) == (4, 8, base.spec.id)
+    assert config["target_modules"] == sorted(config["target_modules"])
+
+
+def test_the_same_trial_saves_the_same_bytes(base: Base, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        with attach(base, LORA, 0) as adapter:
+            adapter.save(tmp_path / name)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "one" / file).read_bytes() == (tmp_path / "two" / file).read_bytes()

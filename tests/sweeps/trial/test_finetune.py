@@ -1,0 +1,227 @@
+"""The training loop on a tiny model: law L1, the schedule, divergence, memory that runs out."""
+
+import math
+from array import array
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from sweeps.errors import Diverged, OutOfMemory
+from sweeps.result import Progress
+from sweeps.spec import TrialSpec
+from sweeps.trial import finetune as loop
+from sweeps.trial.batches import micro_batches
+from sweeps.trial.data import TokenData, TokenRow
+from sweeps.trial.rng import TrialRng
+
+CPU = torch.device("cpu")
+ROWS = [TokenRow(array("i", [1, *Random(n).choices(range(3, 290), k=3 + 7 * (n % 5)), 2])) for n in range(24)]
+DATA = TokenData(train=ROWS[:20], held_out=ROWS[20:], truncated=0, digest="")
+
+
+@pytest.fixture
+def model(tiny_model_dir: Path) -> torch.nn.Module:
+    """The tiny model with its attention projections and its head to be trained."""
+    loaded = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    for name, parameter in loaded.named_parameters():
+        parameter.requires_grad_("_proj" in name or "lm_head" in name)
+    return loaded
+
+
+def spec_of(**overrides: Any) -> TrialSpec:
+    sections: dict[str, dict[str, Any]] = {
+        "optimizer": {"lr": 1e-2},
+        "schedule": {"warmup_steps": 2},
+        "train": {"batch_size": 4, "samples": 40, "log_every": 3, "eval_every": 0},
+    }
+    for path, value in overrides.items():
+        section, name = path.split("__")
+        sections[section][name] = value
+    return TrialSpec.model_validate(sections)
+
+
+def sgd(parameters: Any, spec: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=spec.lr)
+
+
+def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def train(
+    model: torch.nn.Module, spec: TrialSpec, budget: int = 64, data: TokenData = DATA
+) -> tuple[loop.Trained, list[Progress]]:
+    trained = loop.Trained(token_budget=budget)
+    reports = loop.finetune(model, trainable(model), data, spec, TrialRng(1, CPU), sgd, trained)
+    return trained, list(reports)
+
+
+def gradients(model: torch.nn.Module, budget: int) -> torch.Tensor:
+    trained = loop.Trained(token_budget=budget)
+    loop._accumulate(model, trainable(model), ROWS[:9], TrialRng(1, CPU), CPU, trained)
+    flat = torch.cat([parameter.grad.flatten() for parameter in trainable(model)])  # type: ignore[union-attr]
+    model.zero_grad()
+    return flat
+
+
+@pytest.mark.parametrize("budget", [10, 33, 64, 100, 10_000])
+def test_law_l1_any_token_budget_gives_the_gradients_of_one_row_at_a_time(
+    model: torch.nn.Module, budget: int
+) -> None:
+    plain = torch.zeros(())
+    for row in ROWS[:9]:
+        ids = torch.tensor([list(row.ids)])
+        plain = (
+            plain + model(input_ids=ids, labels=ids).loss / 9
+        )  # transformers' own mean over the row's tokens
+    plain.backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in trainable(model)])  # type: ignore[union-attr]
+    model.zero_grad()
+    assert (gradients(model, budget) - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_every_row_weighs_the_same_however_long_it_is(model: torch.nn.Module) -> None:
+    (batch,) = micro_batches([ROWS[0], ROWS[4]], budget=1000)
+    together = loop.row_losses(model, batch)
+    alone = [loop.row_losses(model, next(micro_batches([row], 1000))) for row in (ROWS[4], ROWS[0])]
+    assert torch.allclose(together, torch.cat(alone), rtol=1e-5)
+
+
+def test_reports_come_at_log_points_and_at_the_end_with_exact_losses(model: torch.nn.Module) -> None:
+    every, each = train(model, spec_of(train__log_every=1))
+    assert [report.step for report in each] == list(range(1, 11))
+    model_again = AutoModelForCausalLM.from_pretrained(model.config._name_or_path)
+    for parameter, old in zip(model_again.parameters(), model.parameters(), strict=True):
+        parameter.requires_grad_(old.requires_grad)
+    _, reports = train(model_again, spec_of())
+    assert [report.step for report in reports] == [3, 6, 9, 10]
+    losses = [report.train_loss for report in each]
+    assert reports[0].train_loss == pytest.approx(sum(losses[:3]) / 3, rel=1e-6)  # type: ignore[arg-type]
+    assert every.tokens == sum(len(ROWS[pick]) for pick in picks(spec_of()))
+
+
+def picks(spec: TrialSpec) -> list[int]:
+    from sweeps.trial.batches import row_order
+
+    assert spec.train is not None
+    return [pick for step in row_order(len(DATA.train), spec.train, spec.steps) for pick in step]
+
+
+def test_the_loss_goes_down_and_the_held_out_loss_is_reported(model: torch.nn.Module) -> None:
+    before = loop.held_out_loss(model, DATA.held_out, 64)
+    spec = spec_of(optimizer__lr=0.5, train__samples=160, train__sampling="epochs", train__eval_every=20)
+    trained, reports = train(model, spec)
+    assert reports[-1].train_loss < reports[0].train_loss - 0.3  # type: ignore[operator]
+    assert [report.step for report in reports if report.eval_loss is not None] == [20, 40]
+    assert trained.eval_loss == reports[-1].eval_loss != before
+
+
+def test_the_held_out_loss_is_without_dropout_and_leaves_training_mode_on(model: torch.nn.Module) -> None:
+    model.train()
+    values = {loop.held_out_loss(model, DATA.held_out, budget) for budget in (64, 64)}
+    assert len(values) == 1
+    assert model.training
+    assert loop.held_out_loss(model, DATA.held_out, 1) == pytest.approx(values.pop(), rel=1e-5)
+
+
+def test_the_rate_warms_up_from_zero_then_follows_half_a_cosine() -> None:
+    spec = spec_of(schedule__warmup_steps=4, optimizer__lr=1.0)
+    rates = [loop.learning_rate(step, spec) for step in range(10)]
+    assert rates[:5] == [0.0, 0.25, 0.5, 0.75, 1.0]
+    assert rates[7] == pytest.approx(0.5)
+    assert rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 5 / 6)))
+
+
+def test_a_constant_rate_stays_at_its_peak_after_the_warmup() -> None:
+    spec = spec_of(schedule__warmup_steps=2, schedule__name="constant", optimizer__lr=1.0)
+    assert [loop.learning_rate(step, spec) for step in range(5)] == [0.0, 0.5, 1.0, 1.0, 1.0]
+
+
+def test_clipping_bounds_the_update(model: torch.nn.Module) -> None:
+    before = [parameter.detach().clone() for parameter in trainable(model)]
+    spec = spec_of(train__clip_norm=1e-3, train__samples=4, schedule__warmup_steps=0, optimizer__lr=1.0)
+    train(model, spec)
+    moved = torch.cat([(a - b).flatten() for a, b in zip(trainable(model), before, strict=True)]).detach()
+    assert moved.norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
+def poisoned(model: torch.nn.Module, at_step: int, value: float) -> Callable[..., torch.Tensor]:
+    """`row_losses`, but with `value` added from the forward of that step on (one micro-batch a step)."""
+    real, calls = loop.row_losses, [0]
+
+    def losses(*arguments: Any) -> torch.Tensor:
+        calls[0] += 1
+        return real(*arguments) + (value if calls[0] >= at_step else 0.0)
+
+    return losses
+
+
+def test_a_loss_that_is_not_finite_ends_the_trial_and_names_the_step(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "row_losses", poisoned(model, 5, float("nan")))
+    with pytest.raises(Diverged, match="the loss must stay finite, got nan at step 5"):
+        train(model, spec_of(), budget=10_000)
+
+
+def test_a_loss_that_stays_far_above_its_start_ends_the_trial(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "row_losses", poisoned(model, 3, 20.0))
+    spec = spec_of(train__diverged_above=2.0, train__diverged_steps=4)
+    with pytest.raises(Diverged, match=r"2 times its start \(5\.\d+\), got 2\d\.\d+ at step 6 after 4 steps"):
+        train(model, spec, budget=10_000)
+
+
+def test_a_short_spike_is_not_a_divergence(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = loop._Divergence(above=2.0, patience=3)
+    judge.judge(0, [1.0, 5.0, 5.0, 1.0, 5.0, 5.0, 1.0])
+    with pytest.raises(Diverged):
+        judge.judge(7, [5.0, 5.0, 5.0])
+
+
+def out_of_memory_above(tokens: int) -> Callable[..., torch.Tensor]:
+    real = loop.row_losses
+
+    def losses(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+        if batch.ids.numel() > tokens:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return real(model, batch)
+
+    return losses
+
+
+def test_memory_that_runs_out_halves_the_budget_and_redoes_the_step(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = gradients(model, 33)  # the longest row: a budget below it would not cut more
+    monkeypatch.setattr(loop, "row_losses", out_of_memory_above(40))
+    trained = loop.Trained(token_budget=128)
+    loop._accumulate(model, trainable(model), ROWS[:9], TrialRng(1, CPU), CPU, trained)
+    assert trained.token_budget == 33
+    flat = torch.cat([parameter.grad.flatten() for parameter in trainable(model)])  # type: ignore[union-attr]
+    assert torch.equal(flat, expected)
+
+
+def test_one_row_that_does_not_fit_ends_the_trial_as_out_of_memory(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "row_losses", out_of_memory_above(10))
+    with pytest.raises(
+        OutOfMemory, match=r"one row of \d+ tokens must fit in memory and did not; lower data.max"
+    ):
+        train(model, spec_of(), budget=64)
+
+
+def test_a_golden_loss(model: torch.nn.Module) -> None:
+    """The loop's mathematics, down to the seed: a change of this number is a change of every result."""
+    trained, _ = train(model, spec_of(optimizer__lr=0.1))
+    assert trained.train_loss == pytest.approx(GOLDEN_LOSS, rel=1e-4)
+
+
+GOLDEN_LOSS = 5.53793
