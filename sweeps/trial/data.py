@@ -121,7 +121,7 @@ def _encoded(texts: list[str], tokenizer: Tokenizer) -> list[array[int]]:
 
 
 def _common(prompt: array[int], whole: array[int]) -> int:
-    """How many tokens both begin with, at least one: the prompt, less a token that merged with the response."""
+    """How many tokens both begin with: the prompt, less a token that merged with the response; at least 1."""
     differs = (number for number, pair in enumerate(zip(prompt, whole, strict=False)) if pair[0] != pair[1])
     return max(1, next(differs, min(len(prompt), len(whole))))
 

@@ -1,0 +1,1 @@
+"""The service: proposes trials, places them, records them."""

@@ -1,0 +1,3 @@
+from sweepsvc.cli import main
+
+main()

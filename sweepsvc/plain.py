@@ -1,0 +1,190 @@
+"""A plain study, recorder and scheduler, without any library: for tests, and to read what each must do."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from sweeps.errors import failure_class
+from sweeps.result import Failure, Progress, TrialResult
+from sweeps.space import Domain, Label, Picks, Range
+from sweeps.spec import TrialSpec
+from sweeps.sweep import Sweep
+from sweeps.trial.paths import TrialFolder
+from sweepsvc.proposing import Proposer, baseline_proposals
+from sweepsvc.protocols import Conductor, Proposal, SweepRecord, SweepState
+from sweepsvc.records import proposal_entry, result_entry, started_entry, trial_record
+
+# --- study ------------------------------------------------------------------------------------------
+
+
+class PlainStudy:
+    """The ledger in memory. Every sampler but the grid draws at random."""
+
+    def __init__(self, sweep: Sweep, sweep_id: str, facts: Mapping[str, str]) -> None:
+        self._sweep = sweep
+        self._sweep_id = sweep_id
+        self._facts = dict(facts)
+        self._proposer = Proposer(sweep, _Chance(sweep))
+        self._entries: dict[str, dict[str, object]] = {}
+        self._attempts: Counter[str] = Counter()
+        self._state: SweepState = "running"
+
+    @property
+    def ended_because(self) -> str:
+        return self._proposer.ended_because
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._proposer.notes
+
+    def baselines(self) -> Sequence[Proposal]:
+        proposals = baseline_proposals(self._sweep)
+        for proposal in proposals:
+            self._entries.setdefault(proposal.key, {"proposal": proposal_entry(proposal)})
+        return proposals
+
+    def ask(self) -> Proposal | None:
+        asked = self._proposer.next()
+        if asked is None:
+            return None
+        self._entries[asked.proposal.key] = {"proposal": proposal_entry(asked.proposal)}
+        return asked.proposal
+
+    def started(self, proposal: Proposal, mlflow_run_id: str | None) -> None:
+        self._attempts[proposal.key] += 1
+        self._entry(proposal)["started"] = started_entry(self._attempts[proposal.key], mlflow_run_id)
+
+    def tell(self, proposal: Proposal, result: TrialResult) -> None:
+        entry = self._entry(proposal)
+        if "result" in entry:
+            raise ValueError(
+                f"a trial is told once, got a second result for {proposal.key} ({result.outcome}); drop it"
+            )
+        entry["result"] = result_entry(result)
+
+    def _entry(self, proposal: Proposal) -> dict[str, object]:
+        if proposal.key not in self._entries:
+            raise ValueError(
+                f"only what this study proposed can be started or told, got {proposal.key}; ask first"
+            )
+        return self._entries[proposal.key]
+
+    def close(self, state: SweepState) -> None:
+        self._state = state
+
+    def read(self) -> SweepRecord:
+        metric = self._sweep.objective.metric
+        records = [trial_record(entry, metric) for entry in self._entries.values()]
+        return SweepRecord(
+            sweep_id=self._sweep_id,
+            state=self._state,
+            objective_metric=metric,
+            maximize=self._sweep.objective.maximize,
+            baselines=[record for record in records if record.proposal.is_baseline],
+            trials=[record for record in records if not record.proposal.is_baseline],
+            facts=self._facts,
+        )
+
+
+class _Chance:
+    """Draws every field independently and evenly."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self._space = sweep.search.space
+        self._random = random.Random(sweep.search.seed)
+
+    def draw(self) -> Picks:
+        return {path: self._one_of(domain) for path, domain in self._space.items()}
+
+    def _one_of(self, domain: Domain) -> Label:
+        if isinstance(domain, Range) and domain.log:
+            number = math.exp(self._random.uniform(math.log(domain.low), math.log(domain.high)))
+            number = min(max(number, domain.low), domain.high)
+            return round(number) if domain.integer else number
+        if domain.size is not None:
+            return self._random.choice(list(domain.labels()))
+        assert isinstance(domain, Range)
+        return self._random.uniform(domain.low, domain.high)
+
+    def reject(self, why: Mapping[str, int | str]) -> None:
+        """Nothing to take back."""
+
+
+# --- recorder ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class PlainRun:
+    """What was recorded of one trial: its reports, how it ended and the files of its folder by then."""
+
+    proposal: Proposal
+    reports: list[Progress] = field(default_factory=list)
+    result: TrialResult | None = None
+    files: tuple[str, ...] = ()
+
+
+class PlainRecorder:
+    """The tracker in memory: one `PlainRun` a trial by its key, and the sweep's state."""
+
+    def __init__(self, sweep_id: str) -> None:
+        self.sweep_id = sweep_id
+        self.state: SweepState | None = None
+        self.runs: dict[str, PlainRun] = {}
+
+    def open(self) -> None:
+        self.state = "running"
+
+    def start(self, proposal: Proposal) -> str | None:
+        self.runs.setdefault(proposal.key, PlainRun(proposal))
+        return f"{self.sweep_id}/{proposal.key}"
+
+    def report(self, proposal: Proposal, progress: Progress) -> None:
+        self.runs[proposal.key].reports.append(progress)
+
+    def end(self, proposal: Proposal, result: TrialResult, folder: Path) -> None:
+        run = self.runs.setdefault(proposal.key, PlainRun(proposal))
+        run.result = result
+        run.files = tuple(
+            sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
+        )
+
+    def close(self, state: SweepState) -> None:
+        self.state = state
+
+
+# --- scheduler --------------------------------------------------------------------------------------
+
+
+class SerialScheduler:
+    """Runs one proposal after another in this process.
+
+    `runner(spec, folder)` yields reports and leaves `result.json` in the folder, as `run_trial` does.
+    """
+
+    def __init__(self, runner: Callable[[TrialSpec, Path], Iterator[Progress]]) -> None:
+        self._runner = runner
+
+    def check(self) -> None:
+        """This process is always there."""
+
+    def run(self, conductor: Conductor) -> None:
+        while (proposal := conductor.next()) is not None:
+            self._run_one(conductor, proposal)
+
+    def _run_one(self, conductor: Conductor, proposal: Proposal) -> None:
+        folder = conductor.folder(proposal)
+        otherwise = TrialResult(outcome="interrupted")
+        conductor.started(proposal)
+        try:
+            for progress in self._runner(proposal.spec, folder):
+                conductor.reported(proposal, progress)
+        except Exception as error:
+            failure = Failure(kind=failure_class(error), message=str(error))
+            otherwise = TrialResult(outcome="failed", failure=failure)
+        finally:  # also where the person stops it
+            conductor.ended(proposal, TrialFolder(folder).read_result() or otherwise)

@@ -1,0 +1,80 @@
+"""How a trial stands in the ledger, and how it is read back as a record."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from sweeps.result import TrialResult
+from sweeps.spec import TrialSpec
+from sweepsvc.protocols import Proposal, TrialRecord, TrialState
+
+Entry = Mapping[str, Any]
+"""What the ledger holds of one trial, as JSON: `proposal`, and `started` and `result` once there are."""
+
+
+def proposal_entry(proposal: Proposal) -> dict[str, Any]:
+    """Written when a trial is proposed, never changed."""
+    return {
+        "number": proposal.number,
+        "key": proposal.key,
+        "params": dict(proposal.params),
+        "rules": dict(proposal.rules),
+        "repeat": proposal.repeat,
+        "digest": proposal.spec.digest,
+        "spec": proposal.spec.model_dump(mode="json"),
+    }
+
+
+def started_entry(attempts: int, mlflow_run_id: str | None) -> dict[str, Any]:
+    """Written when an attempt begins, in place of the one before."""
+    return {"attempts": attempts, "mlflow_run_id": mlflow_run_id}
+
+
+def result_entry(result: TrialResult) -> dict[str, Any]:
+    """Written when a trial ends, once."""
+    entry: dict[str, Any] = json.loads(result.model_dump_json())
+    return entry
+
+
+def trial_record(entry: Entry, metric: str) -> TrialRecord:
+    """What `entry` says, with the trial's value of the objective's `metric`."""
+    started = entry.get("started", started_entry(0, None))
+    result = TrialResult.model_validate_json(json.dumps(entry["result"])) if "result" in entry else None
+    return TrialRecord(
+        proposal=_proposal(entry["proposal"]),
+        state=trial_state(entry),
+        attempts=started["attempts"],
+        result=result,
+        value=objective_value(result, metric),
+        mlflow_run_id=started["mlflow_run_id"],
+    )
+
+
+def _proposal(entry: Entry) -> Proposal:
+    return Proposal(
+        key=entry["key"],
+        spec=TrialSpec.model_validate_json(json.dumps(entry["spec"])),
+        number=entry["number"],
+        params=entry["params"],
+        rules=entry["rules"],
+        repeat=entry["repeat"],
+    )
+
+
+def trial_state(entry: Entry) -> TrialState:
+    """How the trial ended, else whether it was started."""
+    if "result" in entry:
+        outcome: TrialState = entry["result"]["outcome"]
+        return outcome
+    return "running" if "started" in entry else "waiting"
+
+
+def objective_value(result: TrialResult | None, metric: str) -> float | None:
+    """What a completed trial is compared by; None if `metric` is missing or not finite, or not completed."""
+    if result is None or result.outcome != "completed":
+        return None
+    value = result.metrics().get(metric)
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,315 @@
+"""Placing trials on GPUs: the one file that imports ray.
+
+Ray Tune drives, we hand it small adapters: a Searcher that asks the conductor, a Callback that tells it,
+and a Trainable that runs one trial after another on the base that its actor keeps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import math
+import os
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import ray
+from ray import tune
+from ray.tune import Callback, FailureConfig, RunConfig, Trainable, TuneConfig, Tuner
+from ray.tune.experiment import Trial
+from ray.tune.search import Searcher
+
+from sweeps.errors import CannotStart, TrialError
+from sweeps.result import Failure, Progress, TrialResult
+from sweeps.spec import TrialSpec
+from sweeps.sweep import Resources
+from sweeps.trial.paths import TrialFolder
+from sweepsvc.protocols import Conductor, Proposal
+
+REAL_TRIALS = "sweeps.trial.run:TrialRunner"
+
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # a trial's relative paths are the driver's
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the newer one prints a box even at verbose=0
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_THRESHOLD_S": "10",
+    # A thread of a trial that waits for another must not spin: the driver, Ray and the tracker want the core
+    # too, and on a busy machine the trial itself was five times slower for it (docs/traps.md).
+    "OMP_WAIT_POLICY": "passive",
+    # The study is the ledger: Tune's own snapshots are never read, so write hardly any.
+    "TUNE_GLOBAL_CHECKPOINT_S": "86400",
+}
+
+
+class Runner(Protocol):
+    """What an actor keeps from trial to trial."""
+
+    def __call__(self, spec: TrialSpec, folder: Path) -> Iterator[Progress]: ...
+
+
+class RayScheduler:
+    """Runs one trial per GPU (or per set of CPUs), each in an actor that keeps its base model.
+
+    `runner` names, as `module:name`, the class that an actor makes once and calls for every trial.
+    """
+
+    def __init__(
+        self, resources: Resources, storage: Path, runner: str = REAL_TRIALS, address: str | None = None
+    ) -> None:
+        self._resources = resources
+        self._storage = storage
+        self._runner = runner
+        self._address = address
+
+    def __enter__(self) -> RayScheduler:
+        os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
+        local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if self._address is None else {}
+        ray.init(self._address, log_to_driver=False, logging_level=logging.ERROR, **local)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        ray.shutdown()
+
+    def check(self) -> None:
+        """Raise `CannotStart` if no node can ever hold one trial."""
+        self._slots()
+
+    def run(self, conductor: Conductor) -> None:
+        """Run until the conductor has nothing left; `KeyboardInterrupt` if the person stopped it."""
+        slots = self._slots()
+        placed = _Placed(conductor)
+        actor = tune.with_resources(TrialActor, tune.PlacementGroupFactory([self._bundle()]))
+        tuner = Tuner(
+            actor,
+            param_space={"runner": self._runner, "threads": self._threads()},
+            tune_config=TuneConfig(
+                search_alg=_Proposer(placed),
+                num_samples=-1,
+                max_concurrent_trials=slots,
+                reuse_actors=True,
+            ),
+            run_config=RunConfig(
+                name="tune",
+                storage_path=str(self._storage),
+                callbacks=[_Listener(placed)],
+                failure_config=FailureConfig(max_failures=0),
+                verbose=0,
+            ),
+        )
+        with _sigterm_as_sigint():
+            tuner.fit()
+        if placed.close_open_trials() or not placed.exhausted:
+            raise KeyboardInterrupt
+
+    def _bundle(self) -> dict[str, float]:
+        wanted = self._resources
+        bundle: dict[str, float] = {"CPU": self._cpus()}
+        if wanted.gpus:
+            bundle["GPU"] = wanted.gpus
+        if wanted.accelerator:
+            bundle[f"accelerator_type:{wanted.accelerator}"] = 0.001
+        return bundle
+
+    def _cpus(self) -> int:
+        """As the file says; else one beside a GPU, and the whole of the smallest node without."""
+        if self._resources.cpus is not None:
+            return self._resources.cpus
+        if self._resources.gpus:
+            return 1
+        return max(1, min(int(node.get("CPU", 0)) for node in _nodes() if node.get("CPU", 0) >= 1))
+
+    def _threads(self) -> int | None:
+        """A trial on CPUs computes with as many threads as it has CPUs."""
+        return None if self._resources.gpus else self._cpus()
+
+    def _slots(self) -> int:
+        """How many trials fit at once."""
+        bundle = self._bundle()
+        slots = sum(_fits(bundle, node) for node in _nodes())
+        if slots == 0:
+            raise CannotStart(self._refusal(bundle))
+        return min(slots, self._resources.parallel or slots)
+
+    def _refusal(self, bundle: Mapping[str, float]) -> str:
+        gpus = [node.get("GPU", 0) for node in _nodes()]
+        kinds = sorted(
+            name.removeprefix("accelerator_type:")
+            for name in ray.cluster_resources()
+            if name.startswith("accelerator_type:")
+        )
+        asked = ", ".join(f"{name} {amount:g}" for name, amount in bundle.items())
+        return (
+            f"one machine must hold a trial's resources ({asked}), got at most {max(gpus):g} GPUs and "
+            f"{max(node.get('CPU', 0) for node in _nodes()):g} CPUs on one machine, accelerators "
+            f"{kinds or 'none'}; lower resources.gpus (0 trains on the CPU), or change resources.accelerator"
+        )
+
+
+def _nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _fits(bundle: Mapping[str, float], node: Mapping[str, float]) -> int:
+    return min(math.floor(node.get(name, 0) / amount) for name, amount in bundle.items())
+
+
+class _Placed:
+    """The proposals that are on Ray, by Ray's own trial ids."""
+
+    def __init__(self, conductor: Conductor) -> None:
+        self.conductor = conductor
+        self.exhausted = False
+        self._open: dict[str, Proposal] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tuner writes a pickle of itself, for a restore that we never do."""
+        return {}
+
+    def take(self, trial_id: str) -> Proposal | None:
+        proposal = self.conductor.next()
+        if proposal is None:
+            self.exhausted = True
+        else:
+            self._open[trial_id] = proposal
+        return proposal
+
+    def start(self, trial_id: str) -> None:
+        self.conductor.started(self._open[trial_id])
+
+    def report(self, trial_id: str, progress: Progress) -> None:
+        self.conductor.reported(self._open[trial_id], progress)
+
+    def end(self, trial_id: str, otherwise: TrialResult) -> None:
+        """Tell the worker's last word, or `otherwise` where it had none."""
+        proposal = self._open.pop(trial_id, None)
+        if proposal is not None:
+            result = TrialFolder(self.conductor.folder(proposal)).read_result()
+            self.conductor.ended(proposal, result or otherwise)
+
+    def close_open_trials(self) -> int:
+        """End what Ray stopped midway as interrupted; how many there were."""
+        left = list(self._open)
+        for trial_id in left:
+            self.end(trial_id, TrialResult(outcome="interrupted"))
+        return len(left)
+
+
+class _Proposer(Searcher):
+    """Tune's Searcher over the conductor."""
+
+    def __init__(self, placed: _Placed) -> None:
+        super().__init__()
+        self._placed = placed
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        proposal = self._placed.take(trial_id)
+        if proposal is None:
+            return str(Searcher.FINISHED)
+        folder = self._placed.conductor.folder(proposal)
+        return {"spec": proposal.spec.model_dump_json(), "folder": str(folder)}
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """Nothing: the listener has told the study."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the study is the ledger."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Nothing: a resumed sweep is a new Tune run on the same study."""
+
+
+class _Listener(Callback):
+    """Tune's Callback to the conductor."""
+
+    def __init__(self, placed: _Placed) -> None:
+        self._placed = placed
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._placed.start(trial.trial_id)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        if "progress" in result:
+            self._placed.report(trial.trial_id, Progress.model_validate_json(result["progress"]))
+        else:
+            self._placed.end(trial.trial_id, TrialResult.model_validate_json(result["result"]))
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        message = "the worker process was lost before it could write its result"
+        lost = Failure(kind="process_lost", message=message, traceback=_ray_error(trial))
+        self._placed.end(trial.trial_id, TrialResult(outcome="failed", failure=lost))
+
+
+def _ray_error(trial: Trial) -> str:
+    with contextlib.suppress(OSError, TypeError):
+        return Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
+    return ""
+
+
+class _TrialFailed(TrialError):
+    """Ends a Ray trial, so that Tune throws the actor away: after an error nothing in it is trusted."""
+
+
+class TrialActor(Trainable):
+    """One worker process: keeps its runner, and with it the base model, from trial to trial."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        if config["threads"]:
+            import torch
+
+            torch.set_num_threads(config["threads"])
+        self._runner = _named(config["runner"])()
+        self._begin(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._trial.close()
+        self._begin(new_config)
+        return True
+
+    def _begin(self, config: dict[str, Any]) -> None:
+        self._folder = Path(config["folder"])
+        self._trial = self._runner(TrialSpec.model_validate_json(config["spec"]), self._folder)
+
+    def step(self) -> dict[str, Any]:
+        """One report; the last carries the result, after everything the trial had to do."""
+        progress = next(self._trial, None)
+        if progress is not None:
+            return {"progress": progress.model_dump_json()}
+        result = TrialFolder(self._folder).read_result()
+        assert result is not None
+        if result.outcome == "failed":
+            raise _TrialFailed(result.failure.message if result.failure else "")
+        return {"result": result.model_dump_json(), "done": True}
+
+    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
+        return {}  # the trial keeps its own
+
+    def load_checkpoint(self, checkpoint: Any) -> None:
+        """Nothing: the trial finds its own."""
+
+    def cleanup(self) -> None:
+        self._trial.close()
+
+
+def _named(path: str) -> Callable[[], Any]:
+    module, name = path.split(":")
+    factory: Callable[[], Any] = getattr(importlib.import_module(module), name)
+    return factory
+
+
+@contextlib.contextmanager
+def _sigterm_as_sigint() -> Iterator[None]:
+    """Tune stops gently on SIGINT alone; a SIGTERM means the same to us."""
+    before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

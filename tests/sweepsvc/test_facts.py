@@ -1,0 +1,47 @@
+"""The commit, the versions, and whether a sweep's driver still lives."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from sweepsvc import facts
+
+
+def git(folder: Path, *arguments: str) -> str:
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    done = subprocess.run(
+        ["git", *identity, *arguments], cwd=folder, check=True, capture_output=True, text=True
+    )
+    return done.stdout.strip()
+
+
+def test_the_commit_is_that_of_the_sweep_files_repository(tmp_path: Path) -> None:
+    assert facts.git_commit(tmp_path) == ""
+    git(tmp_path, "init", "-q")
+    (tmp_path / "a").write_text("1")
+    git(tmp_path, "add", "a")
+    git(tmp_path, "commit", "-qm", "a")
+    commit = git(tmp_path, "rev-parse", "HEAD")
+    assert facts.git_commit(tmp_path) == commit
+    (tmp_path / "a").write_text("2")
+    assert facts.git_commit(tmp_path) == f"{commit}-dirty"
+
+
+def test_every_library_of_a_trial_is_named_with_its_version(tmp_path: Path) -> None:
+    gathered = facts.gather(tmp_path / "sweep.yaml")
+    assert gathered["version.torch"].startswith("2.")
+    assert all(f"version.{name}" in gathered for name in facts.LIBRARIES)
+
+
+def test_an_owner_lives_as_long_as_its_process() -> None:
+    assert facts.owner_lives({"owner": facts.owner()})
+    script = "from sweepsvc.facts import owner; print(owner())"
+    gone = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert not facts.owner_lives({"owner": gone.stdout.strip()})
+
+
+def test_a_recycled_pid_is_not_the_owner_and_another_host_is_believed() -> None:
+    host, pid, start = facts.owner().rsplit(":", 2)
+    assert not facts.owner_lives({"owner": f"{host}:{pid}:{int(start) - 1000}"})
+    assert facts.owner_lives({"owner": f"elsewhere:{pid}:{start}"})
+    assert not facts.owner_lives({})

@@ -1,0 +1,495 @@
+"""The tracker: one contract on every implementation, then what is MLflow's own."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pytest
+from mlflow import MlflowClient
+
+from sweeps.errors import CannotStart
+from sweeps.result import Progress
+from sweeps.spec import FIELDS
+from sweeps.sweep import Sweep
+from sweeps.trial.paths import TrialFolder
+from sweepsvc.plain import PlainRecorder, PlainStudy
+from sweepsvc.protocols import Proposal, Recorder
+from sweepsvc.recorder import MlflowRecorder, run_name, ui_command
+from tests.sweepsvc.samples import TASK, result_of, sweep_of
+
+FACTS = {"git_commit": "0123abc", "python": "3.11.0", "store": "postgresql://me:secret@db/x"}
+STATUS = {"completed": "FINISHED", "pruned": "FINISHED", "failed": "FAILED", "interrupted": "KILLED"}
+
+_names = (f"experiment-{number}" for number in itertools.count())
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """One store for many tests, with an experiment each: its schema takes seconds."""
+    return f"sqlite:///{tmp_path_factory.mktemp('mlflow') / 'mlflow.db'}"
+
+
+@pytest.fixture
+def sweep() -> Sweep:
+    space = 'space: {lora.r: [8, 32], lora.alpha: ["2*r", 1]}'
+    return sweep_of(f"sampler: grid, repeats: 2, {space}", name=next(_names))
+
+
+@pytest.fixture
+def proposals(sweep: Sweep) -> list[Proposal]:
+    """The baseline, then two repeats of each of r=8 and r=32 with alpha 2*r and 1."""
+    study = PlainStudy(sweep, "sweep-1", FACTS)
+    return [*study.baselines(), *iter(study.ask, None)]
+
+
+@pytest.fixture
+def recorder(sweep: Sweep, uri: str, tmp_path: Path) -> MlflowRecorder:
+    made = MlflowRecorder(sweep, "sweep-1", uri, tmp_path / "mlartifacts", FACTS)
+    made.open()
+    return made
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A trial's folder as a worker leaves it."""
+    files = TrialFolder(tmp_path / "trial")
+    files.write_spec(sweep_of("sampler: grid").resolve({}).spec)
+    files.write_result(result_of("completed", 0.5))
+    files.evaluation.write_text('{"documents": []}')
+    files.adapter.mkdir()
+    (files.adapter / "adapter_model.safetensors").write_bytes(b"weights")
+    return files.path
+
+
+# --- the contract -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Seen:
+    """What an implementation holds of one trial."""
+
+    status: str
+    losses: list[tuple[int, float]]
+    final: Mapping[str, float]
+    files: set[str]
+
+
+Look = Callable[[Proposal], Seen]
+
+
+@pytest.fixture(params=["mlflow", "plain"])
+def looked(request: pytest.FixtureRequest, sweep: Sweep, uri: str) -> tuple[Recorder, Look]:
+    """A recorder of each implementation, opened, with a way to look into it."""
+    if request.param == "plain":
+        plain = PlainRecorder("sweep-1")
+        plain.open()
+        return plain, lambda proposal: seen_in_plain(plain, proposal)
+    recorder: MlflowRecorder = request.getfixturevalue("recorder")
+    return recorder, lambda proposal: seen_in_mlflow(uri, sweep, proposal)
+
+
+def seen_in_plain(recorder: PlainRecorder, proposal: Proposal) -> Seen:
+    run = recorder.runs[proposal.key]
+    return Seen(
+        status=STATUS[run.result.outcome] if run.result else "RUNNING",
+        losses=[(report.step, report.train_loss) for report in run.reports if report.train_loss is not None],
+        final=run.result.metrics() if run.result else {},
+        files=set(run.files),
+    )
+
+
+def seen_in_mlflow(uri: str, sweep: Sweep, proposal: Proposal) -> Seen:
+    client = MlflowClient(uri, uri)
+    run = run_of(uri, sweep, proposal)
+    history = client.get_metric_history(run.info.run_id, "train.loss")
+    return Seen(
+        status=run.info.status,
+        losses=[(metric.step, metric.value) for metric in history],
+        final=run.data.metrics,
+        files=artifacts(client, run.info.run_id),
+    )
+
+
+def runs_in(uri: str, sweep: Sweep) -> list[Any]:
+    """Every run of the sweep's experiment, the oldest first."""
+    client = MlflowClient(uri, uri)
+    experiment = client.get_experiment_by_name(sweep.name)
+    return list(client.search_runs([experiment.experiment_id], order_by=["start_time ASC"]))
+
+
+def run_of(uri: str, sweep: Sweep, proposal: Proposal) -> Any:
+    (run,) = [run for run in runs_in(uri, sweep) if run.data.tags.get("trial") == proposal.key]
+    return run
+
+
+def parent_of(uri: str, sweep: Sweep) -> Any:
+    (run,) = [run for run in runs_in(uri, sweep) if "mlflow.parentRunId" not in run.data.tags]
+    return run
+
+
+def artifacts(client: MlflowClient, run_id: str, below: str | None = None) -> set[str]:
+    found = client.list_artifacts(run_id, below)
+    inner = [artifacts(client, run_id, entry.path) for entry in found if entry.is_dir]
+    return {entry.path for entry in found if not entry.is_dir}.union(*inner)
+
+
+def test_a_trial_is_recorded_from_its_start_to_its_end(
+    looked: tuple[Recorder, Look], proposals: list[Proposal], folder: Path
+) -> None:
+    recorder, look = looked
+    trial = proposals[1]
+    assert recorder.start(trial)
+    assert look(trial).status == "RUNNING"
+    recorder.report(trial, Progress(phase="loading"))
+    for step in (1, 2):
+        recorder.report(trial, Progress(phase="training", step=step, train_loss=3.0 - step, lr=1e-4))
+    recorder.end(trial, result_of("completed", 0.75), folder)
+    seen = look(trial)
+    assert (seen.status, seen.losses) == ("FINISHED", [(1, 2.0), (2, 1.0)])
+    assert seen.final["score.mean"] == 0.75
+    expected = {"spec.json", "result.json", "evaluation.json", "adapter/adapter_model.safetensors"}
+    assert seen.files == expected
+
+
+def test_each_trial_has_a_run_of_its_own(looked: tuple[Recorder, Look], proposals: list[Proposal]) -> None:
+    recorder, _ = looked
+    assert len({recorder.start(proposal) for proposal in proposals}) == len(proposals)
+
+
+def test_another_attempt_goes_on_in_the_same_run(
+    looked: tuple[Recorder, Look], proposals: list[Proposal], tmp_path: Path
+) -> None:
+    recorder, look = looked
+    first = recorder.start(proposals[1])
+    recorder.report(proposals[1], Progress(phase="training", step=1, train_loss=2.0))
+    assert recorder.start(proposals[1]) == first
+    recorder.report(proposals[1], Progress(phase="training", step=2, train_loss=1.0))
+    recorder.end(proposals[1], result_of("completed", 0.5), tmp_path)
+    assert (look(proposals[1]).status, look(proposals[1]).losses) == ("FINISHED", [(1, 2.0), (2, 1.0)])
+
+
+@pytest.mark.parametrize("outcome", ["completed", "pruned", "failed", "interrupted"])
+def test_a_run_ends_as_its_trial_did(
+    looked: tuple[Recorder, Look], proposals: list[Proposal], tmp_path: Path, outcome: Any
+) -> None:
+    recorder, look = looked
+    recorder.start(proposals[1])
+    recorder.end(proposals[1], result_of(outcome), tmp_path)
+    assert look(proposals[1]).status == STATUS[outcome]
+
+
+def test_a_trial_that_ends_without_a_start_is_recorded_all_the_same(
+    looked: tuple[Recorder, Look], proposals: list[Proposal], tmp_path: Path
+) -> None:
+    recorder, look = looked
+    recorder.end(proposals[1], result_of("failed"), tmp_path)
+    assert look(proposals[1]).status == "FAILED"
+
+
+# --- names, params, metrics, tags -------------------------------------------------------------------
+
+
+def test_every_field_of_a_trial_is_a_param_with_how_it_was_written(
+    recorder: MlflowRecorder, uri: str, sweep: Sweep, proposals: list[Proposal]
+) -> None:
+    recorder.start(proposals[1])
+    params = run_of(uri, sweep, proposals[1]).data.params
+    assert set(params) == {*FIELDS, "lora.alpha_rule", "lora.alpha_over_r"}
+    shown = {name: params[name] for name in params if name.startswith("lora.")}
+    assert shown == {
+        "lora.r": "8",
+        "lora.alpha": "16",
+        "lora.alpha_rule": "2*r",
+        "lora.alpha_over_r": "2",
+        "lora.dropout": "0.05",
+        "lora.targets": "all",
+        "lora.dtype": "auto",
+    }
+    assert params["evaluate.tasks"] == f"[{TASK}]"
+    assert (params["optimizer.lr"], params["train.clip_norm"]) == ("0.0003", "none")
+    assert params["model.trust_remote_code"] == "false"
+
+
+def test_a_baseline_has_no_params_of_a_training_that_never_was(
+    recorder: MlflowRecorder, uri: str, sweep: Sweep, proposals: list[Proposal], tmp_path: Path
+) -> None:
+    recorder.start(proposals[0])
+    recorder.end(proposals[0], result_of("completed", 0.25), tmp_path)
+    run = run_of(uri, sweep, proposals[0])
+    assert run.data.tags["baseline"] == "true"
+    assert run.data.params["train"] == "none"
+    assert {name.partition(".")[0] for name in run.data.params} == {"model", "evaluate", "train"}
+    assert run.info.run_name == "baseline Llama-2-7b-hf"
+
+
+def test_run_names_tell_trials_apart(proposals: list[Proposal]) -> None:
+    assert [run_name(proposal) for proposal in proposals[1:5]] == [
+        "0 r=8 alpha=2*r",
+        "1 r=8 alpha=2*r repeat 1",
+        "2 r=8 alpha=1",
+        "3 r=8 alpha=1 repeat 1",
+    ]
+
+
+def test_fields_of_one_name_are_named_in_full() -> None:
+    space = "{optimizer.name: [sgd], schedule.name: [constant], lora.targets: [[q_proj, v_proj]]}"
+    proposal = PlainStudy(sweep_of(f"sampler: grid, space: {space}"), "sweep-1", {}).ask()
+    assert proposal is not None
+    assert run_name(proposal) == "0 optimizer.name=sgd schedule.name=constant targets=[q_proj, v_proj]"
+
+
+def test_final_numbers_have_their_stable_names(
+    recorder: MlflowRecorder, uri: str, sweep: Sweep, proposals: list[Proposal], tmp_path: Path
+) -> None:
+    result = result_of("completed", 0.75, trainable_params=20_277_248, train_loss=math.nan)
+    recorder.start(proposals[1])
+    recorder.end(proposals[1], result, tmp_path)
+    metrics = run_of(uri, sweep, proposals[1]).data.metrics
+    assert set(metrics) == set(result.metrics())
+    assert metrics[f"score.{TASK}"] == metrics["score.mean"] == 0.75
+    assert (metrics["peak_memory_gb"], metrics["wall_seconds"]) == (1.5, 3.0)
+    assert metrics["trainable_params"] == 20_277_248
+    assert math.isnan(metrics["train.loss"])
+
+
+def test_a_task_name_that_mlflow_refuses_is_written_with_underscores(
+    recorder: MlflowRecorder, uri: str, sweep: Sweep, proposals: list[Proposal], tmp_path: Path
+) -> None:
+    result = result_of("completed", 0.75)
+    odd = result.model_copy(update={"scores": {"my+task|v2": result.scores[TASK]}})
+    recorder.end(proposals[1], odd, tmp_path)
+    assert run_of(uri, sweep, proposals[1]).data.metrics["score.my_task_v2"] == 0.75
+
+
+def test_a_report_is_one_request_and_one_without_numbers_is_none(
+    recorder: MlflowRecorder,
+    uri: str,
+    sweep: Sweep,
+    proposals: list[Proposal],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    recorder.start(proposals[1])
+    batches: list[Any] = []
+    real = MlflowClient.log_batch
+
+    def counted(client: MlflowClient, *arguments: Any, **named: Any) -> Any:
+        batches.append(named)
+        return real(client, *arguments, **named)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", counted)
+    recorder.report(proposals[1], Progress(phase="evaluating", step=7, steps=7))
+    assert batches == []
+    full = Progress(phase="training", step=7, train_loss=2.0, eval_loss=2.5, lr=3e-4, tokens_per_second=812.0)
+    recorder.report(proposals[1], full)
+    assert len(batches) == 1
+    metrics = run_of(uri, sweep, proposals[1]).data.metrics
+    assert metrics == {"train.loss": 2.0, "eval.loss": 2.5, "lr": 3e-4, "tokens_per_second": 812.0}
+
+
+def test_a_trial_is_a_child_of_its_sweep_with_the_tags_to_find_it(
+    recorder: MlflowRecorder, uri: str, sweep: Sweep, proposals: list[Proposal]
+) -> None:
+    recorder.start(proposals[2])
+    tags = run_of(uri, sweep, proposals[2]).data.tags
+    assert tags["mlflow.parentRunId"] == parent_of(uri, sweep).info.run_id
+    wanted = {
+        "sweep": sweep.name,
+        "sweep_id": "sweep-1",
+        "trial": "1",
+        "git_commit": "0123abc",
+        "repeat": "1",
+    }
+    assert wanted.items() <= tags.items()
+    assert "baseline" not in tags
+
+
+def test_the_parent_run_holds_the_sweep_its_facts_and_no_secret(
+    recorder: MlflowRecorder, uri: str, sweep: Sweep, tmp_path: Path
+) -> None:
+    run = parent_of(uri, sweep)
+    assert (run.info.run_name, run.info.status) == ("sweep-1", "RUNNING")
+    assert run.data.params["search.sampler"] == "grid"
+    assert run.data.params["file_digest"] == sweep.file_digest
+    assert run.data.tags["python"] == "3.11.0"
+    assert run.data.tags["store"] == "postgresql://me:***@db/x"
+    client = MlflowClient(uri, uri)
+    file = client.download_artifacts(run.info.run_id, "sweep.yaml", str(tmp_path))
+    assert Path(file).read_text() == sweep.text
+    recorder.close("failed")
+    assert parent_of(uri, sweep).info.status == "FAILED"
+
+
+def test_a_failure_is_recorded_with_its_class_and_traceback(
+    recorder: MlflowRecorder, uri: str, sweep: Sweep, proposals: list[Proposal], tmp_path: Path
+) -> None:
+    recorder.start(proposals[1])
+    recorder.end(proposals[1], result_of("failed", notes=("dtype bfloat16: the GPU has it",)), tmp_path)
+    run = run_of(uri, sweep, proposals[1])
+    assert run.data.tags["failure"] == "diverged"
+    note = run.data.tags["mlflow.note.content"]
+    assert note == "**diverged**: the loss is nan\n\n- dtype bfloat16: the GPU has it"
+    file = MlflowClient(uri, uri).download_artifacts(run.info.run_id, "traceback.txt", str(tmp_path))
+    assert Path(file).read_text() == "Traceback ...\nDiverged: the loss is nan"
+
+
+def test_the_data_is_an_input_with_its_digest(
+    recorder: MlflowRecorder, uri: str, sweep: Sweep, proposals: list[Proposal], tmp_path: Path
+) -> None:
+    for proposal in proposals[:2]:
+        recorder.end(proposal, result_of("completed", 0.5, data_digest="0123456789abcdef"), tmp_path)
+    (used,) = run_of(uri, sweep, proposals[1]).inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("yahma/alpaca-cleaned", "0123456789abcdef")
+    assert json.loads(used.dataset.source) == {"path": "yahma/alpaca-cleaned", "split": "train"}
+    assert run_of(uri, sweep, proposals[0]).inputs.dataset_inputs == []  # a baseline reads no data
+
+
+def test_a_run_ends_even_if_an_artifact_cannot_be_kept(
+    recorder: MlflowRecorder,
+    uri: str,
+    sweep: Sweep,
+    proposals: list[Proposal],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_space(*_: Any) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", no_space)
+    with pytest.raises(OSError, match="no space left"):
+        recorder.end(proposals[1], result_of("completed", 0.5), folder)
+    assert run_of(uri, sweep, proposals[1]).info.status == "FINISHED"
+
+
+# --- the store --------------------------------------------------------------------------------------
+
+
+def test_sweeps_of_one_name_share_an_experiment_and_nothing_else(
+    recorder: MlflowRecorder, uri: str, sweep: Sweep, proposals: list[Proposal], tmp_path: Path
+) -> None:
+    second = MlflowRecorder(sweep, "sweep-2", uri, tmp_path / "mlartifacts", FACTS)
+    second.open()
+    ids = {recorder.start(proposals[1]), second.start(proposals[1])}
+    second.end(proposals[1], result_of("failed"), tmp_path)
+    runs = {run.info.run_id: run for run in runs_in(uri, sweep)}
+    assert len(ids) == 2
+    assert len(runs) == 4
+    found = {runs[str(run_id)].data.tags["sweep_id"]: runs[str(run_id)].info.status for run_id in ids}
+    assert found == {"sweep-1": "RUNNING", "sweep-2": "FAILED"}
+
+
+def test_trials_may_report_at_the_same_time(
+    recorder: MlflowRecorder, uri: str, sweep: Sweep, proposals: list[Proposal], tmp_path: Path
+) -> None:
+    def record(proposal: Proposal) -> None:
+        recorder.start(proposal)
+        for step in range(3):
+            recorder.report(proposal, Progress(phase="training", step=step, train_loss=1.0))
+        recorder.end(proposal, result_of("completed", 0.5), tmp_path)
+
+    threads = [threading.Thread(target=record, args=(proposal,)) for proposal in proposals[:4]]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    children = [run for run in runs_in(uri, sweep) if "trial" in run.data.tags]
+    assert [run.info.status for run in children] == ["FINISHED"] * 4
+    assert all(run.data.metrics["train.loss"] == 1.0 for run in children)
+
+
+_IN_A_FOLDER_WITH_MLRUNS = """
+import sys
+from pathlib import Path
+import mlflow
+from sweepsvc.plain import PlainStudy
+from sweepsvc.recorder import MlflowRecorder
+from tests.sweepsvc.samples import result_of, sweep_of
+sweep, home = sweep_of("sampler: grid, space: {lora.r: [4]}"), Path(sys.argv[1])
+recorder = MlflowRecorder(sweep, "sweep-1", f"sqlite:///{home}/mlflow.db", home / "mlartifacts", {})
+recorder.open()
+trial = PlainStudy(sweep, "sweep-1", {}).ask()
+recorder.start(trial)
+recorder.end(trial, result_of("failed"), home)
+recorder.close("failed")
+assert mlflow.active_run() is None
+"""
+
+
+def test_an_mlruns_folder_that_lies_about_gets_nothing_and_a_new_store_is_made_in_silence(
+    tmp_path: Path,
+) -> None:
+    work, home = tmp_path / "work", tmp_path / "home"
+    (work / "mlruns" / "0").mkdir(parents=True)
+    (work / "mlruns" / "0" / "meta.yaml").write_text("experiment_id: '0'\nname: Default\n")
+    before = sorted(work.rglob("*"))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    command = [sys.executable, "-c", _IN_A_FOLDER_WITH_MLRUNS, str(home)]
+    done = subprocess.run(
+        command, cwd=work, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert sorted(work.rglob("*")) == before
+    assert len(runs_in(f"sqlite:///{home}/mlflow.db", sweep_of("sampler: grid"))) == 2
+    assert list((home / "mlartifacts" / "demo").rglob("traceback.txt"))
+
+
+def test_nothing_global_is_touched(recorder: MlflowRecorder, proposals: list[Proposal]) -> None:
+    before = mlflow.get_tracking_uri()
+    recorder.start(proposals[1])
+    assert mlflow.get_tracking_uri() == before
+    assert mlflow.active_run() is None
+
+
+def test_a_deleted_experiment_is_not_written_to(
+    recorder: MlflowRecorder, uri: str, sweep: Sweep, tmp_path: Path
+) -> None:
+    client = MlflowClient(uri, uri)
+    number = client.get_experiment_by_name(sweep.name).experiment_id
+    client.delete_experiment(number)
+    again = MlflowRecorder(sweep, "sweep-2", uri, tmp_path, FACTS)
+    with pytest.raises(
+        CannotStart, match=rf"must not be deleted.*got {sweep.name}; restore it \(.* -x {number}\)"
+    ):
+        again.open()
+
+
+def test_a_server_that_does_not_answer_is_named_without_its_password(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    recorder = MlflowRecorder(sweep, "sweep-1", "http://me:secret@127.0.0.1:9", tmp_path, FACTS)
+    with pytest.raises(CannotStart) as caught:
+        recorder.open()
+    assert "must be reachable, got http://me:***@127.0.0.1:9" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+def test_a_store_that_cannot_be_made_is_named(sweep: Sweep, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    recorder = MlflowRecorder(sweep, "sweep-1", f"sqlite:///{tmp_path}/file/mlflow.db", tmp_path, FACTS)
+    with pytest.raises(CannotStart, match=r"must be reachable, got .*file/mlflow.db.*check --home"):
+        recorder.open()
+
+
+def test_the_ui_is_a_server_on_loopback_over_this_store(tmp_path: Path) -> None:
+    command = ui_command("sqlite:////home/mlflow.db", tmp_path, port=5001)
+    assert command[:4] == [sys.executable, "-m", "mlflow", "server"]
+    options = dict(zip(command[4::2], command[5::2], strict=True))
+    assert options == {
+        "--backend-store-uri": "sqlite:////home/mlflow.db",
+        "--default-artifact-root": tmp_path.as_uri(),
+        "--host": "127.0.0.1",
+        "--port": "5001",
+        "--workers": "1",
+    }

@@ -1,0 +1,188 @@
+"""What any scheduler must do, on Ray and on the plain one; and what Ray's must do besides."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sweeps.errors import CannotStart
+from sweeps.result import Progress, TrialResult
+from sweeps.spec import TrialSpec
+from sweeps.sweep import Resources
+from sweepsvc.plain import SerialScheduler
+from sweepsvc.protocols import Proposal, Scheduler
+from sweepsvc.scheduler import RayScheduler
+from tests.scripted import COMPLETES, DIES, FAILS, HANGS, RAISES, ScriptedTrials
+
+
+class Notebook:
+    """A conductor that gives out proposals by seed and writes down what it hears."""
+
+    def __init__(self, folder: Path, *seeds: int) -> None:
+        self._folder = folder
+        self._waiting = [proposal(number, seed) for number, seed in enumerate(seeds)]
+        self.heard: list[str] = []
+        self.results: dict[int, TrialResult] = {}
+        self.reports: dict[int, list[Progress]] = {}
+        self.on_report: Callable[[], None] = lambda: None
+
+    def next(self) -> Proposal | None:
+        return self._waiting.pop(0) if self._waiting else None
+
+    def started(self, proposal: Proposal) -> None:
+        self.heard.append(f"started {proposal.key}")
+
+    def reported(self, proposal: Proposal, progress: Progress) -> None:
+        assert proposal.number is not None
+        self.reports.setdefault(proposal.number, []).append(progress)
+        self.on_report()
+
+    def ended(self, proposal: Proposal, result: TrialResult) -> None:
+        assert proposal.number is not None
+        assert proposal.number not in self.results, "ended twice"
+        self.heard.append(f"ended {proposal.key}")
+        self.results[proposal.number] = result
+
+    def folder(self, proposal: Proposal) -> Path:
+        return self._folder / "trials" / proposal.key
+
+    def outcomes(self) -> list[str]:
+        return [self.results[number].outcome for number in sorted(self.results)]
+
+
+def proposal(number: int, seed: int) -> Proposal:
+    spec = TrialSpec.model_validate({"train": {"seed": seed}})
+    return Proposal(key=str(number), spec=spec, number=number)
+
+
+@pytest.fixture(scope="module")
+def ray_scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayScheduler]:
+    storage = tmp_path_factory.mktemp("ray")
+    resources = Resources(gpus=0, cpus=1, parallel=1)
+    with RayScheduler(resources, storage, runner="tests.scripted:ScriptedTrials") as scheduler:
+        yield scheduler
+
+
+@pytest.fixture(params=["ray", "plain"])
+def scheduler(request: pytest.FixtureRequest) -> Scheduler:
+    if request.param == "plain":
+        return SerialScheduler(ScriptedTrials())
+    given: Scheduler = request.getfixturevalue("ray_scheduler")
+    return given
+
+
+# --- the contract -----------------------------------------------------------------------------------
+
+
+def test_every_proposal_starts_reports_and_ends_once_in_order(scheduler: Scheduler, tmp_path: Path) -> None:
+    notebook = Notebook(tmp_path, COMPLETES, COMPLETES, COMPLETES)
+    scheduler.check()
+    scheduler.run(notebook)
+    assert notebook.heard == [f"{what} {number}" for number in range(3) for what in ("started", "ended")]
+    assert [[report.step for report in notebook.reports[number]] for number in range(3)] == [[1, 2]] * 3
+
+
+def test_a_failed_trial_is_told_with_its_class_and_the_next_one_runs(
+    scheduler: Scheduler, tmp_path: Path
+) -> None:
+    notebook = Notebook(tmp_path, FAILS, COMPLETES)
+    scheduler.run(notebook)
+    assert notebook.outcomes() == ["failed", "completed"]
+    failure = notebook.results[0].failure
+    assert failure is not None
+    assert (failure.kind, failure.message) == ("diverged", "the loss must stay finite")
+
+
+def test_a_runner_that_raises_without_a_result_is_a_failure_all_the_same(
+    scheduler: Scheduler, tmp_path: Path
+) -> None:
+    notebook = Notebook(tmp_path, RAISES, COMPLETES)
+    scheduler.run(notebook)
+    assert notebook.outcomes() == ["failed", "completed"]
+    assert notebook.results[0].failure is not None
+
+
+def test_nothing_to_run_ends_at_once(scheduler: Scheduler, tmp_path: Path) -> None:
+    scheduler.run(Notebook(tmp_path))
+
+
+# --- Ray's ------------------------------------------------------------------------------------------
+
+
+def test_an_actor_is_used_again_and_thrown_away_after_a_failure(
+    ray_scheduler: RayScheduler, tmp_path: Path
+) -> None:
+    notebook = Notebook(tmp_path, COMPLETES, COMPLETES, FAILS, COMPLETES)
+    ray_scheduler.run(notebook)
+    ran_before = [notebook.reports[number][0].train_loss for number in range(4)]
+    assert ran_before == [0, 1, 2, 0]
+
+
+def test_a_worker_that_dies_is_a_lost_process_and_the_next_trial_runs(
+    ray_scheduler: RayScheduler, tmp_path: Path
+) -> None:
+    notebook = Notebook(tmp_path, DIES, COMPLETES)
+    ray_scheduler.run(notebook)
+    assert notebook.outcomes() == ["failed", "completed"]
+    failure = notebook.results[0].failure
+    assert failure is not None
+    assert failure.kind == "process_lost"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_running_trials_as_interrupted(
+    ray_scheduler: RayScheduler, tmp_path: Path, number: int
+) -> None:
+    notebook = Notebook(tmp_path, HANGS, COMPLETES)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), number))
+
+    def stop_once() -> None:
+        notebook.on_report = lambda: None
+        timer.start()
+
+    notebook.on_report = stop_once
+    with pytest.raises(KeyboardInterrupt):
+        ray_scheduler.run(notebook)
+    assert notebook.outcomes() == ["interrupted"]
+
+
+@pytest.mark.parametrize(
+    ("resources", "message"),
+    [
+        ({"gpus": 64}, r"GPU 64\), got at most 0 GPUs .* lower resources.gpus \(0 trains on the CPU\)"),
+        ({"gpus": 0, "cpus": 10_000}, r"CPU 10000\), got at most"),
+        ({"gpus": 0, "cpus": 1, "accelerator": "A100"}, r"accelerator_type:A100 .* accelerators none"),
+    ],
+)
+def test_more_than_there_is_is_refused(
+    ray_scheduler: RayScheduler, tmp_path: Path, resources: dict[str, Any], message: str
+) -> None:
+    wanting = RayScheduler(Resources(**resources), tmp_path)
+    with pytest.raises(CannotStart, match=message):
+        wanting.check()
+
+
+def test_a_trial_without_gpus_takes_the_whole_machine_unless_told_otherwise(
+    ray_scheduler: RayScheduler, tmp_path: Path
+) -> None:
+    whole = RayScheduler(Resources(gpus=0), tmp_path)
+    assert whole._bundle() == {"CPU": float(os.cpu_count() or 1)}
+    assert whole._slots() == 1
+    assert RayScheduler(Resources(gpus=0, cpus=1), tmp_path)._slots() == os.cpu_count()
+
+
+def test_one_trial_takes_one_gpu_of_its_kind(
+    monkeypatch: pytest.MonkeyPatch, ray_scheduler: RayScheduler, tmp_path: Path
+) -> None:
+    node = {"CPU": 64.0, "GPU": 8.0, "accelerator_type:A100": 1.0}
+    monkeypatch.setattr("sweepsvc.scheduler._nodes", lambda: [node, {"CPU": 16.0}])
+    wanting = RayScheduler(Resources(gpus=1, accelerator="A100"), tmp_path)
+    assert wanting._bundle() == {"CPU": 1, "GPU": 1.0, "accelerator_type:A100": 0.001}
+    assert wanting._slots() == 8
+    assert RayScheduler(Resources(gpus=1, parallel=3), tmp_path)._slots() == 3
