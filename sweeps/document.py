@@ -251,7 +251,7 @@ def _mapping(node: yaml.MappingNode, where: Where, document: Document) -> dict[s
         return {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
-        if not isinstance(key_node, yaml.ScalarNode):
+        if not isinstance(key_node, yaml.ScalarNode) or not _is_unicode(key_node.value):
             document.spoil((*where, "?"), "a key must be one word; write key: value", line)
             continue
         key = str(key_node.value)
@@ -271,7 +271,7 @@ def _scalar(node: yaml.Node) -> Any:
     text = node.value
     kind = node.tag.removeprefix(_TAG)
     try:
-        if kind == "str":
+        if kind == "str" and _is_unicode(text):
             return text
         if kind == "null":
             return None
@@ -283,7 +283,14 @@ def _scalar(node: yaml.Node) -> Any:
             return _int(text)
     except (ValueError, KeyError) as error:
         raise InvalidValue(f"the tag !!{kind} does not fit {shown(text)}; remove the tag") from error
+    if kind == "str":
+        raise InvalidValue(f"text must be Unicode, got {shown(text)}; write the character itself")
     raise InvalidValue(_tag_fault(node))
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether `text` can be written to a file; half of a surrogate pair cannot."""
+    return not any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _float(text: str) -> float:

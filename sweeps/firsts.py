@@ -32,7 +32,7 @@ def there_is(domain: Domain) -> str:
 
 def labels_for(domain: Domain, value: Any) -> list[Label]:
     """The labels that `value` may mean: itself, or each rule where it is another number."""
-    label = json.dumps(value) if isinstance(value, list) else value
+    label = json.dumps(value) if isinstance(value, list | dict) else value
     try:
         return [domain.value(label)] if isinstance(domain, Range) else [domain.option(label).label]
     except InvalidValue:

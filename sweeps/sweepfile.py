@@ -97,6 +97,7 @@ class _Reader:
         self.base_dir = base_dir
         self.task_names = task_names
         self.tainted: set[str] = set()
+        self.reported = 0
 
     def sweep(self, text: str, overrides: tuple[str, ...]) -> Sweep:
         top = self.section((), FileForm)
@@ -124,6 +125,7 @@ class _Reader:
 
     def report(self, where: Where, message: str, taint: str | None = None) -> None:
         self.document.report(where, message)
+        self.reported += 1
         if taint is not None:
             self.tainted.add(taint)
 
@@ -268,7 +270,7 @@ class _Reader:
 
     def range(self, path: str, at: Where) -> Range | None:
         info = FIELDS[path]
-        before = len(self.document.faults)
+        before = self.reported
         form = self.section(at, RangeForm)
         raw = self.raw(at)
         if not info.is_number:
@@ -286,10 +288,10 @@ class _Reader:
         low, high, step = numbers if integer else [n if n is None else float(n) for n in numbers]
         if low is None or high is None:
             return None
-        ends_are_sound = len(self.document.faults) == before
+        ends_are_sound = self.reported == before
         for law in range_laws(low, high, step, log, integer and ends_are_sound):
             self.report(at, law)
-        return Range(low, high, step, log, integer) if len(self.document.faults) == before else None
+        return Range(low, high, step, log, integer) if self.reported == before else None
 
     def check_sampler(self, sampler: Sampler, space: Space) -> None:
         at = ("search", "space")
@@ -318,7 +320,7 @@ class _Reader:
     def first_picks(self, entry: Any, at: Where, template: Mapping[str, Any], space: Space) -> Picks | None:
         """The picks that `entry` means. None, and reported, where it means none or more than one."""
         varied = self.raw(("search", "space"))
-        before = len(self.document.faults)
+        before = self.reported
         if not isinstance(entry, dict):
             self.report(at, f"a mapping from field paths to values is needed, got {shown(entry)}")
             return None
@@ -328,7 +330,7 @@ class _Reader:
         if any(path not in space for path in varied):
             return None
         candidates = {path: self.candidates(path, entry, at, space[path]) for path in space}
-        if len(self.document.faults) > before:
+        if self.reported > before:
             return None
         picks = picks_for(entry, candidates, template, space)
         if picks is None:

@@ -184,7 +184,7 @@ def _load(file: Path, overrides: list[str] | None) -> Sweep:
 
 
 def _task_names(task_dir: str | None) -> Any:
-    from sweeps.trial.evaluate import task_names
+    from sweeps.trial.tasks import task_names
 
     return task_names(task_dir)
 

@@ -95,6 +95,13 @@ def evaluate(model: torch.nn.Module, tokenizer: Any, spec: EvaluateSpec) -> Eval
     )
 
 
+def check(spec: EvaluateSpec) -> None:
+    """Raise what `evaluate` would of a benchmark that does not load: before hours of training, not after."""
+    with _quiet(), TrialRng(_SEED, torch.device("cpu")).active():
+        for name in spec.tasks:
+            _load(name, spec)
+
+
 def make_lm(model: torch.nn.Module, tokenizer: Any, batch_size: int) -> HFLM:
     """The model as lm-eval sees it. Another model class would be put in here."""
     # A copy of the tokenizer, which may get a pad token and has its padding and truncation set.

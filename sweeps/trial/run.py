@@ -20,7 +20,7 @@ from sweeps.trial import data as instructions
 from sweeps.trial.adapter import Adapter, attach
 from sweeps.trial.base import Base, Resident, make_optimizer
 from sweeps.trial.budget import token_budget
-from sweeps.trial.evaluate import evaluate
+from sweeps.trial.evaluate import check, evaluate
 from sweeps.trial.finetune import Trained, finetune
 from sweeps.trial.measure import MemoryMeter, Stopwatch
 from sweeps.trial.paths import TrialFolder, write_whole
@@ -116,6 +116,7 @@ def _run(spec: TrialSpec, resident: Resident, files: TrialFolder, account: _Acco
         return
 
     account.load.start()
+    check(spec.evaluate)
     rows = instructions.tokenize(instructions.read_rows(spec.data), spec.data, base.tokenizer)
     account.data_digest = rows.digest
     account.notes.append(

@@ -175,6 +175,14 @@ def test_a_byte_order_mark_and_windows_line_ends_are_read(tmp_path: Path) -> Non
     assert document.place(("b",)).line == 2
 
 
+def test_half_a_character_is_no_text() -> None:
+    assert value_of('"\\u00e9"') == "é"
+    [fault] = read_document('x: "\\ud800"\n', "x.yaml").faults
+    assert fault.message.startswith(r"text must be Unicode, got '\ud800'")
+    [fault] = read_document('"\\ud800": x\n', "x.yaml").faults
+    assert fault.message == "a key must be one word; write key: value"
+
+
 def test_a_file_of_the_largest_size_is_read_and_a_larger_one_is_not(tmp_path: Path) -> None:
     path = tmp_path / "x.yaml"
     path.write_bytes(b"#" * LARGEST_FILE)

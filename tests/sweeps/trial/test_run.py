@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from sweeps.errors import EvaluationFailed
 from sweeps.result import Progress, TrialResult
 from sweeps.spec import TrialSpec
 from sweeps.trial import run as trial
@@ -143,13 +144,23 @@ def test_bad_data_and_a_bad_model_fail_by_their_names(spec: TrialSpec, tmp_path:
 def test_an_evaluation_that_raises_fails_by_its_name_and_the_adapter_is_kept(
     spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    spec = changed(spec, evaluate__tasks=["no_such_task"])
+    def broken(*_: Any) -> None:
+        raise EvaluationFailed("the benchmark rivers must give a score: ZeroDivisionError")
+
+    monkeypatch.setattr(trial, "evaluate", broken)
     result, _ = ran(spec, tmp_path)
     assert result.failure is not None
     assert result.failure.kind == "evaluation_failed"
-    assert "no_such_task" in result.failure.message
     assert result.train_loss is not None
     assert (TrialFolder(tmp_path).adapter / "adapter_model.safetensors").exists()
+
+
+def test_a_benchmark_that_does_not_load_fails_before_the_training(spec: TrialSpec, tmp_path: Path) -> None:
+    result, _ = ran(changed(spec, evaluate__tasks=["no_such_task"]), tmp_path)
+    assert result.failure is not None
+    assert result.failure.kind == "evaluation_failed"
+    assert "no_such_task" in result.failure.message
+    assert result.steps == 0
 
 
 def test_what_was_not_foreseen_is_a_bug_with_its_traceback(
