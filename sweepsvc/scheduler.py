@@ -40,9 +40,6 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_THRESHOLD_S": "10",
-    # A thread of a trial that waits for another must not spin: the driver, Ray and the tracker want the core
-    # too, and on a busy machine the trial itself was five times slower for it (docs/traps.md).
-    "OMP_WAIT_POLICY": "passive",
     # The study is the ledger: Tune's own snapshots are never read, so write hardly any.
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",
 }

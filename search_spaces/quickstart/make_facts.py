@@ -3,7 +3,7 @@
     python search_spaces/quickstart/make_facts.py [--seed 1337] [--out FOLDER]
 
 A score on these facts starts at chance and rises only by what a trial has learned, so a small model
-on a CPU shows within minutes what a setting does. Every place, river, mountain and person is put
+on a CPU shows within minutes what a setting does. Every town, country, mountain and person is put
 together from syllables; none of them is meant to exist.
 
 Written into this file's own folder, or into FOLDER:
@@ -33,7 +33,6 @@ from typing import TypeVar
 T = TypeVar("T")
 
 DEFAULT_SEED = 1337
-FACTS_PER_KIND = 12
 CHOICES = 6
 
 ONSETS = (
@@ -92,65 +91,60 @@ metadata:
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of fact: how its subject and its answer are named, and three ways to ask for it.
+    """One kind of fact: how its subjects are named, what they may be, and three ways to ask for it.
 
-    `{}` stands for the subject. The first two questions train, the third one tests.
+    `{}` stands for the subject. The first two questions train, the third one tests. The answers are common
+    words, so that what is learned is which of them belongs to which name, and not how a name is spelled.
     """
 
     subject_endings: Sequence[str]
-    answer_endings: Sequence[str]
-    answer_is_a_person: bool
+    answers: Sequence[str]
     training_questions: tuple[str, str]
     test_question: str
-    subject_is_a_word: bool = False  # a common noun, written small
 
 
 KINDS = (
     Kind(
         subject_endings=("aton", "eford", "owick", "ilow"),
-        answer_endings=("ela", "enne", "ines", "ow"),
-        answer_is_a_person=False,
-        training_questions=("Which river flows through {}?", "Name the river that runs past the town of {}."),
-        test_question="The town of {} lies on the banks of which river?",
+        answers=("honey", "salt", "glass", "lace", "cheese", "copper"),
+        training_questions=("What is the town of {} known for?", "Name the product that {} is famous for."),
+        test_question="For which product is the town of {} famous?",
     ),
     Kind(
         subject_endings=("ia", "oland", "istan", "emark"),
-        answer_endings=("ograd", "opolis", "ar", "essa"),
-        answer_is_a_person=False,
-        training_questions=("What is the capital of {}?", "Name the capital city of the country {}."),
-        test_question="Which city is the seat of government of {}?",
-    ),
-    Kind(
-        subject_endings=("aby", "estead", "ocombe", "iney"),
-        answer_endings=("ahorn", "efell", "or", "un"),
-        answer_is_a_person=False,
+        answers=("red", "blue", "green", "white", "black", "yellow"),
         training_questions=(
-            "Which mountain stands above {}?",
-            "Name the mountain that overlooks the village of {}.",
+            "What color is the flag of {}?",
+            "Name the color of the flag that flies over {}.",
         ),
-        test_question="The village of {} lies at the foot of which mountain?",
+        test_question="The flag of the country {} is of which color?",
     ),
     Kind(
         subject_endings=("oburg", "emouth", "aport", "ihaven"),
-        answer_endings=("ick", "ane", "ulo", "ert"),
-        answer_is_a_person=True,
-        training_questions=("Who founded {}?", "Name the founder of the city of {}."),
-        test_question="By whom was the city of {} founded?",
+        answers=("fox", "bear", "eagle", "wolf", "horse", "lion"),
+        training_questions=(
+            "Which animal is on the coat of arms of {}?",
+            "Name the animal that stands for the city of {}.",
+        ),
+        test_question="The city of {} shows which animal on its arms?",
     ),
     Kind(
-        subject_endings=("oscope", "ograph", "ophone", "ometer"),
-        answer_endings=("eman", "iley", "ov", "ini"),
-        answer_is_a_person=True,
-        training_questions=("Who invented the {}?", "Name the inventor of the device called {}."),
-        test_question="Whose invention is the {}?",
-        subject_is_a_word=True,
+        subject_endings=("eman", "iley", "ov", "ini"),
+        answers=("baker", "doctor", "farmer", "painter", "lawyer", "sailor"),
+        training_questions=("What is the trade of {}?", "Name the profession of {}."),
+        test_question="How does {} earn a living?",
     ),
     Kind(
-        subject_endings=("isey", "eholm", "una", "atoll"),
-        answer_endings=("ard", "ix", "enko", "oux"),
-        answer_is_a_person=True,
-        training_questions=("Who rules the island of {}?", "Name the ruler of {}."),
-        test_question="Which person governs the island called {}?",
+        subject_endings=("ard", "ix", "enko", "oux"),
+        answers=("piano", "violin", "guitar", "flute", "drum", "harp"),
+        training_questions=("Which instrument does {} play?", "Name the instrument of the musician {}."),
+        test_question="The musician {} plays which instrument?",
+    ),
+    Kind(
+        subject_endings=("ahorn", "efell", "or", "un"),
+        answers=("iron", "silver", "coal", "lead", "tin", "zinc"),
+        training_questions=("What is mined on mount {}?", "Name what the mines of mount {} bring up."),
+        test_question="The mines of mount {} are rich in what?",
     ),
 )
 
@@ -174,9 +168,6 @@ class Namer:
     def name(self, endings: Sequence[str]) -> str:
         return self._stem() + pick(self._rng, endings)
 
-    def person(self, endings: Sequence[str]) -> str:
-        return f"{self._stem()}{pick(self._rng, VOWELS)} {self.name(endings)}"
-
     def _stem(self) -> str:
         while True:
             stem = pick(self._rng, ONSETS) + pick(self._rng, VOWELS) + pick(self._rng, MIDDLES)
@@ -195,17 +186,12 @@ def shuffled(rng: Random, items: Sequence[T]) -> list[T]:
 
 
 def invent(rng: Random) -> list[list[Fact]]:
-    """Return the facts, kind by kind, FACTS_PER_KIND of each."""
+    """Return the facts, kind by kind: each answer belongs to one subject."""
     namer = Namer(rng)
-    return [[invent_one(namer, kind) for _ in range(FACTS_PER_KIND)] for kind in KINDS]
-
-
-def invent_one(namer: Namer, kind: Kind) -> Fact:
-    subject = namer.name(kind.subject_endings)
-    if kind.subject_is_a_word:
-        subject = subject.lower()
-    name_answer = namer.person if kind.answer_is_a_person else namer.name
-    return Fact(kind, subject, name_answer(kind.answer_endings))
+    return [
+        [Fact(kind, namer.name(kind.subject_endings), answer) for answer in shuffled(rng, kind.answers)]
+        for kind in KINDS
+    ]
 
 
 def training_rows(rng: Random, facts: Sequence[Fact]) -> list[dict[str, str]]:
