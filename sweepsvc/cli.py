@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,7 +67,7 @@ def launch(
 
 def _launch(sweep: Sweep, home: Home, sweep_id: str) -> str:
     from sweepsvc.facts import gather
-    from sweepsvc.launch import SweepRun, drive, prepare
+    from sweepsvc.launch import SweepRun, all_or_nothing, drive, prepare
     from sweepsvc.recorder import MlflowRecorder
     from sweepsvc.scheduler import RayScheduler
     from sweepsvc.study import open_study
@@ -77,9 +78,11 @@ def _launch(sweep: Sweep, home: Home, sweep_id: str) -> str:
     with RayScheduler(sweep.resources, home.sweep(sweep_id).ray) as scheduler:
         scheduler.check()
         folder = prepare(sweep, home, sweep_id)
-        study = open_study(sweep, sweep_id, home.study_url, facts)
-        recorder = MlflowRecorder(sweep, sweep_id, home.tracking_uri, home.artifacts, facts)
-        recorder.open()
+        with all_or_nothing(folder) as undo:
+            study = open_study(sweep, sweep_id, home.study_url, facts)
+            undo.callback(study.discard)
+            recorder = MlflowRecorder(sweep, sweep_id, home.tracking_uri, home.artifacts, facts)
+            recorder.open()
         with _view(console, sweep) as view:
             state = drive(SweepRun(study, recorder, folder, view), scheduler)
     _print_results(console, study.read())
@@ -113,7 +116,7 @@ def _as_it_stands(record: SweepRecord) -> SweepRecord:
 
     from sweepsvc.facts import owner_lives
 
-    if record.state != "running" or owner_lives(record.facts):
+    if record.state == "running" and owner_lives(record.facts):
         return record
 
     def stopped(trials: Any) -> list[Any]:
@@ -121,9 +124,8 @@ def _as_it_stands(record: SweepRecord) -> SweepRecord:
             replace(trial, state="interrupted") if trial.state == "running" else trial for trial in trials
         ]
 
-    return replace(
-        record, state="interrupted", baselines=stopped(record.baselines), trials=stopped(record.trials)
-    )
+    state = "interrupted" if record.state == "running" else record.state
+    return replace(record, state=state, baselines=stopped(record.baselines), trials=stopped(record.trials))
 
 
 @app.command()
@@ -214,17 +216,25 @@ def _view(console: Console, sweep: Sweep) -> Iterator[Any]:
 
 
 def _print_results(console: Console, record: SweepRecord) -> None:
-    from sweepsvc.view import result_table
+    from sweepsvc.view import results
 
-    console.print(result_table(record))
+    console.print(results(record, console), markup=False, highlight=False)
 
 
 def _next_steps(home: Home, sweep_id: str) -> str:
-    where = "" if home.path == Path("runs").absolute() else f" --home {home.path}"
+    where = "" if home.path == Path("runs").absolute() else f" --home {shlex.quote(str(home.path))}"
+    command = f"{shlex.quote(_python())} -m sweepsvc"
     return (
-        f"compare the trials in the MLflow UI:  python -m sweepsvc ui{where}\n"
-        f"see them again here:                  python -m sweepsvc status {sweep_id}{where}"
+        f"compare the trials in the MLflow UI:  {command} ui{where}\n"
+        f"see them again here:                  {command} status {sweep_id}{where}"
     )
+
+
+def _python() -> str:
+    """This Python, as one would type it here: `.venv/bin/python`."""
+    with contextlib.suppress(ValueError):
+        return str(Path(sys.executable).relative_to(Path.cwd()))
+    return sys.executable
 
 
 def _with_rule(value: Any, rule: str | None) -> str:

@@ -25,6 +25,9 @@ LIBRARIES = (
 )
 
 
+_CLOCK_STEP_SECONDS = 300
+
+
 def gather(source: Path) -> dict[str, str]:
     """Facts of the sweep file's repository, this environment and this process, as text."""
     return {
@@ -51,13 +54,14 @@ def owner() -> str:
 
 def owner_lives(facts: Mapping[str, str]) -> bool:
     """Whether the process that drove the sweep runs still; a process on another host counts as alive."""
-    host, pid, start = facts.get("owner", "::").rsplit(":", 2)
+    host, pid, start = facts.get("owner", "::").rsplit(":", 2)  # host names have no colon
     if not pid:
         return False
     if host != socket.gethostname():
         return True
     try:
-        return f"{psutil.Process(int(pid)).create_time():.0f}" == start
+        # Not to the second: the system's clock may have been set since, and a process's start moves with it.
+        return abs(psutil.Process(int(pid)).create_time() - float(start)) < _CLOCK_STEP_SECONDS
     except psutil.NoSuchProcess:
         return False
 

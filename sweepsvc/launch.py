@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-from collections.abc import Callable
+import re
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TypeVar
 
@@ -75,6 +78,9 @@ class SweepRun:
             return None
 
 
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}(?<!\.db)")
+
+
 def new_sweep_id(name: str) -> str:
     """The sweep's name with the time, so that ids sort and a prefix of them is easy to type."""
     return f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
@@ -82,6 +88,11 @@ def new_sweep_id(name: str) -> str:
 
 def prepare(sweep: Sweep, home: Home, sweep_id: str) -> SweepFolder:
     """Make the sweep's folder, with the sweep file as it was given."""
+    if not _ID.fullmatch(sweep_id) or sweep_id == home.artifacts.name:
+        raise CannotStart(
+            f"an id must be letters, digits, _ - . and begin with a letter or digit, got {sweep_id!r}; "
+            "give another --id"
+        )
     folder = home.sweep(sweep_id)
     try:
         folder.path.mkdir(parents=True)
@@ -95,6 +106,18 @@ def prepare(sweep: Sweep, home: Home, sweep_id: str) -> SweepFolder:
         ) from error
     write_whole(folder.sweep_file, sweep.text)
     return folder
+
+
+@contextlib.contextmanager
+def all_or_nothing(folder: SweepFolder) -> Iterator[contextlib.ExitStack]:
+    """Remove the sweep's folder, and whatever else the block put on the stack, if the block fails.
+
+    A sweep that could not start leaves nothing: not a folder, not a study, not an id that is taken.
+    """
+    with contextlib.ExitStack() as undo:
+        undo.callback(shutil.rmtree, folder.path, ignore_errors=True)
+        yield undo
+        undo.pop_all()
 
 
 def drive(run: SweepRun, scheduler: Scheduler) -> SweepState:

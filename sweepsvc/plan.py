@@ -38,30 +38,32 @@ def plan(sweep: Sweep) -> Plan:
 
     resolved, note = _distinct(sweep)
     trials = [PlannedTrial(trial, trainable_params(trial.spec)) for trial in resolved]
-    distinct = min(sweep.search.budget, len(trials))
+    is_whole = sweep.search.space.size is not None and len(trials) < MOST_LISTED
+    distinct = min(sweep.search.budget, len(trials)) if is_whole else sweep.search.budget
     return Plan(sweep, trials, distinct * sweep.search.repeats, len(sweep.baselines()), note)
 
 
 def _distinct(sweep: Sweep) -> tuple[list[Resolved], str]:
-    size = sweep.search.space.size
-    if size is None or size > MOST_LISTED:
-        return _examples(sweep), f"examples: {sweep.search.sampler} draws from a space without an end"
+    search = sweep.search
+    if search.space.size is None:
+        return _examples(sweep), f"examples: {search.sampler} draws from a space without an end"
     found: dict[str, Resolved] = {}
-    for picks in sweep.search.space.combinations():
+    for picks in search.space.combinations():
         trial = sweep.resolve(picks)
         found.setdefault(trial.spec.digest, trial)
-    budget = sweep.search.trials
-    if budget is not None and budget < len(found):
-        return list(found.values()), f"{sweep.search.sampler} runs {budget} of these {len(found)} trials"
+        if len(found) == MOST_LISTED:
+            return list(found.values()), f"the first {MOST_LISTED} of up to {search.space.size} trials"
+    if search.budget < len(found):
+        return list(found.values()), f"{search.sampler} runs {search.budget} of these {len(found)} trials"
     return list(found.values()), f"every one of these {len(found)} trials is run"
 
 
 def _examples(sweep: Sweep) -> list[Resolved]:
     from sweepsvc.study import scratch_study
 
-    assert sweep.search.trials is not None
     study = scratch_study(sweep)
-    proposals = itertools.takewhile(bool, (study.ask() for _ in range(sweep.search.trials)))
+    most = sweep.search.budget * sweep.search.repeats
+    proposals = itertools.takewhile(bool, (study.ask() for _ in range(most)))
     return [
         Resolved(spec=proposal.spec, params=dict(proposal.params), rules=dict(proposal.rules))
         for proposal in proposals

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import signal
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from ray.tune import Callback, FailureConfig, RunConfig, Trainable, TuneConfig, 
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
-from sweeps.errors import CannotStart, TrialError
+from sweeps.errors import CannotStart, TrialError, failure_class
 from sweeps.result import Failure, Progress, TrialResult
 from sweeps.spec import TrialSpec
 from sweeps.sweep import Resources
@@ -67,8 +68,14 @@ class RayScheduler:
 
     def __enter__(self) -> RayScheduler:
         os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
-        local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if self._address is None else {}
-        ray.init(self._address, log_to_driver=False, logging_level=logging.ERROR, **local)
+        address = self._address or os.environ.get("RAY_ADDRESS") or "local"
+        local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if address == "local" else {}
+        try:
+            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **local)
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise CannotStart(
+                f"Ray must start or be reachable, got {address}: {error}; check RAY_ADDRESS"
+            ) from error
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -85,7 +92,11 @@ class RayScheduler:
         actor = tune.with_resources(TrialActor, tune.PlacementGroupFactory([self._bundle()]))
         tuner = Tuner(
             actor,
-            param_space={"runner": self._runner, "threads": self._threads()},
+            param_space={
+                "runner": self._runner,
+                "threads": self._threads(),
+                "on_cpu": not self._resources.gpus,
+            },
             tune_config=TuneConfig(
                 search_alg=_Proposer(placed),
                 num_samples=-1,
@@ -100,9 +111,13 @@ class RayScheduler:
                 verbose=0,
             ),
         )
-        with _sigterm_as_sigint():
-            tuner.fit()
-        if placed.close_open_trials() or not placed.exhausted:
+        try:
+            with _sigterm_as_sigint():
+                tuner.fit()
+        finally:  # also when the person asks a second time, or the study itself fails
+            with _undisturbed():
+                left = placed.close_open_trials()
+        if left or not placed.exhausted:
             raise KeyboardInterrupt
 
     def _bundle(self) -> dict[str, float]:
@@ -193,8 +208,9 @@ class _Placed:
     def close_open_trials(self) -> int:
         """End what Ray stopped midway as interrupted; how many there were."""
         left = list(self._open)
-        for trial_id in left:
-            self.end(trial_id, TrialResult(outcome="interrupted"))
+        with contextlib.ExitStack() as each:  # one that cannot be told does not keep the others from it
+            for trial_id in left:
+                each.callback(self.end, trial_id, TrialResult(outcome="interrupted"))
         return len(left)
 
 
@@ -240,7 +256,7 @@ class _Listener(Callback):
             self._placed.end(trial.trial_id, TrialResult.model_validate_json(result["result"]))
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
-        message = "the worker process was lost before it could write its result"
+        message = "the worker was lost, or could not write its result: see the traceback"
         lost = Failure(kind="process_lost", message=message, traceback=_ray_error(trial))
         self._placed.end(trial.trial_id, TrialResult(outcome="failed", failure=lost))
 
@@ -259,6 +275,8 @@ class TrialActor(Trainable):
     """One worker process: keeps its runner, and with it the base model, from trial to trial."""
 
     def setup(self, config: dict[str, Any]) -> None:
+        if config["on_cpu"]:  # Ray leaves the GPUs visible to an actor that asked for none
+            os.environ["CUDA_VISIBLE_DEVICES"] = ""
         if config["threads"]:
             import torch
 
@@ -277,7 +295,16 @@ class TrialActor(Trainable):
 
     def step(self) -> dict[str, Any]:
         """One report; the last carries the result, after everything the trial had to do."""
-        progress = next(self._trial, None)
+        try:
+            progress = next(self._trial, None)
+        except Exception as error:  # a runner writes its failures itself, unless it is broken
+            failure = Failure(
+                kind=failure_class(error),
+                message=f"{type(error).__name__}: {error}",
+                traceback=traceback.format_exc(),
+            )
+            TrialFolder(self._folder).write_result(TrialResult(outcome="failed", failure=failure))
+            raise
         if progress is not None:
             return {"progress": progress.model_dump_json()}
         result = TrialFolder(self._folder).read_result()
@@ -300,6 +327,16 @@ def _named(path: str) -> Callable[[], Any]:
     module, name = path.split(":")
     factory: Callable[[], Any] = getattr(importlib.import_module(module), name)
     return factory
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Ctrl-C waits: the states of the last trials are being written."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -346,6 +346,11 @@ class OptunaStudy:
         self._baselines[key] = {**self._baselines.get(key, {}), name: entry}
         self._study.set_user_attr(_BASELINE + key, self._baselines[key])
 
+    def discard(self) -> None:
+        """Take the study back: the sweep could not start, so there is nothing to see of it."""
+        self._storage.delete_study(self._study_id)
+        self._storage.remove_session()
+
     def close(self, state: SweepState) -> None:
         self._study.set_user_attr("state", state)
         _release(self._storage)

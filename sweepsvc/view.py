@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
-from rich.console import Console, Group
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bars
@@ -184,6 +185,31 @@ def result_table(record: SweepRecord) -> Table:
     return table
 
 
+def results(record: SweepRecord, console: Console) -> RenderableType:
+    """The result table; where the terminal is too narrow for its numbers, a few lines a trial."""
+    table = result_table(record)
+    needed = console.measure(table, options=console.options.update(max_width=10_000)).maximum
+    return table if needed <= console.width else Text("\n".join(_result_lines(record)))
+
+
+def _result_lines(record: SweepRecord) -> list[str]:
+    lines = [f"{record.sweep_id}: {record.state}"]
+    best = best_trial(record)
+    for trial in [*record.baselines, *record.trials]:
+        lines.append(f"{title(trial.proposal)}{' *' if trial is best else ''} {trial.state}")
+        result = trial.result
+        if result is None:
+            continue
+        if result.failure is not None:
+            lines.append(f"    {result.failure.kind}: {result.failure.message}")
+            continue
+        lines += [f"    {task} {score_text(score)}" for task, score in result.scores.items()]
+        peak = result.measured.peak_memory_gb
+        costs = [f"{result.trainable_params:,} trainable", f"{result.measured.wall_seconds:.1f} s"]
+        lines.append("    " + ", ".join([*costs, *([f"{peak:.2f} GB"] if peak is not None else [])]))
+    return lines
+
+
 def _shown_paths(trials: Sequence[TrialRecord]) -> list[str]:
     """r and alpha always, and whatever else the space varies."""
     varied = dict.fromkeys(path for trial in trials for path in trial.proposal.params)
@@ -240,6 +266,11 @@ def status_json(record: SweepRecord) -> Mapping[str, Any]:
     }
 
 
+def _finite(value: float | None) -> float | None:
+    """JSON has no NaN and no infinity."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def _trial_json(trial: TrialRecord) -> Mapping[str, Any]:
     proposal, result = trial.proposal, trial.result
     scores = result.scores if result else {}
@@ -248,9 +279,9 @@ def _trial_json(trial: TrialRecord) -> Mapping[str, Any]:
         "number": proposal.number,
         "state": trial.state,
         "params": {**proposal.params, **{f"{path}_rule": text for path, text in proposal.rules.items()}},
-        "score": result.mean_score if result else None,
-        "scores": {task: score.value for task, score in scores.items()},
-        "score_stderrs": {task: score.stderr for task, score in scores.items()},
+        "score": _finite(result.mean_score) if result else None,
+        "scores": {task: _finite(score.value) for task, score in scores.items()},
+        "score_stderrs": {task: _finite(score.stderr) for task, score in scores.items()},
         "objective": trial.value,
         "trainable_params": result.trainable_params if result else None,
         "peak_memory_gb": measured.peak_memory_gb if measured else None,

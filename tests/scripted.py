@@ -25,7 +25,8 @@ class ScriptedTrials:
         seed = spec.train.seed
         files = TrialFolder(folder)
         files.write_spec(spec)
-        yield Progress(phase="training", step=1, steps=2, train_loss=float(self._ran))
+        visible = f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'unset')}"
+        yield Progress(phase="training", step=1, steps=2, train_loss=float(self._ran), notes=(visible,))
         self._ran += 1
         if seed == DIES:
             os._exit(9)

@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("folder", type=Path, help="where the trial leaves its files")
     given = parser.parse_args(arguments)
     spec = _read(given.spec)
-    if spec is None:
+    if spec is None or not _can_write(given.folder):
         return 2
 
     from sweeps.trial.base import Resident  # seconds of imports, after the input is known to be good
@@ -63,6 +63,17 @@ def _read(path: Path) -> TrialSpec | None:
             where = ".".join(str(part) for part in fault["loc"])
             print(f"{path}: {where}: {fault['msg']}", file=sys.stderr)
     return None
+
+
+def _can_write(folder: Path) -> bool:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".writable").touch()
+        (folder / ".writable").unlink()
+    except OSError as error:
+        print(f"{folder}: must be a folder that can be written: {error.strerror}", file=sys.stderr)
+        return False
+    return True
 
 
 def _line(progress: Progress) -> str:

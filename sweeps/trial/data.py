@@ -214,8 +214,19 @@ def _read_jsonl(path: Path) -> list[Any]:
 
 
 def _read_csv(path: Path) -> list[Any]:
-    with path.open(encoding="utf-8", newline="") as lines:
-        return list(csv.DictReader(lines))
+    csv.field_size_limit(2**31 - 1)  # the library's own is 128 KiB a field
+    with path.open(encoding="utf-8-sig", newline="") as lines:  # Excel puts a mark before the first column
+        try:
+            rows = list(csv.DictReader(lines, strict=True))
+        except csv.Error as error:
+            raise BadData(f"{path} must be CSV with a header: {error}") from error
+    for number, row in enumerate(rows, start=1):
+        if None in row:
+            raise BadData(
+                f"row {number} of {path} must have as many values as the header, got more: {row[None]}; "
+                "put a text with commas in quotes"
+            )
+    return rows
 
 
 def _read_hub(dataset: str, split: str) -> list[Any]:

@@ -111,6 +111,11 @@ def finetune(
         unread.clear()
         if measures_eval and data.held_out:
             trained.eval_loss = held_out_loss(model, data.held_out[: train.eval_rows], trained.token_budget)
+            if not math.isfinite(trained.eval_loss):
+                raise Diverged(
+                    f"the held-out loss must stay finite, got {trained.eval_loss} at step {trained.step}; "
+                    "lower optimizer.lr"
+                )
         trained.watch.pause()
         yield Progress(
             phase="training",

@@ -204,6 +204,24 @@ def test_a_sweep_whose_driver_is_gone_is_shown_as_interrupted(
     assert (seen["state"], seen["trials"][0]["state"]) == ("interrupted", "interrupted")
 
 
+def test_a_tracker_that_cannot_be_used_leaves_no_sweep_behind(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("demo.yaml").write_text(SWEEP + "resources: {gpus: 0}\n")
+    Path("file").touch()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{Path.cwd()}/file/mlflow.db")
+    assert run(monkeypatch, "launch", "demo.yaml", "--id", "demo-1") == 2
+    assert "the MLflow store must be reachable" in capsys.readouterr().err
+    assert run(monkeypatch, "status") == 2
+    assert not Path("runs/demo-1").exists()
+
+
+def test_what_to_do_next_can_be_typed_as_it_is_printed(tmp_path: Path) -> None:
+    printed = cli._next_steps(Home(tmp_path / "a home"), "demo-1")
+    assert f"{sys.executable} -m sweepsvc ui --home '{tmp_path}/a home'" in printed
+    assert cli._next_steps(Home(), "demo-1").endswith("status demo-1")
+
+
 def test_an_unknown_sweep_is_bad_input_and_looking_makes_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

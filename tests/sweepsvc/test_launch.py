@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,30 @@ def test_an_id_that_is_taken_is_refused_and_nothing_is_overwritten(sweep: Sweep,
     assert folder.sweep_file.read_text() == TEXT
     with pytest.raises(CannotStart, match=r"an id of its own, got demo-1.*give another --id"):
         launch.prepare(sweep, Home(tmp_path), "demo-1")
+
+
+@pytest.mark.parametrize("sweep_id", ["../x", "a/b", "", ".hidden", "study.db", "mlartifacts"])
+def test_an_id_that_is_no_folder_name_of_its_own_is_refused(
+    sweep: Sweep, tmp_path: Path, sweep_id: str
+) -> None:
+    with pytest.raises(CannotStart, match="an id must be letters, digits"):
+        launch.prepare(sweep, Home(tmp_path / "home"), sweep_id)
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_start_that_fails_takes_back_what_was_made(sweep: Sweep, tmp_path: Path) -> None:
+    folder = launch.prepare(sweep, Home(tmp_path), "demo-1")
+    undone: list[str] = []
+    with contextlib.suppress(CannotStart), launch.all_or_nothing(folder) as undo:
+        undo.callback(undone.append, "study")
+        raise CannotStart("no tracker")
+    assert undone == ["study"]
+    assert not folder.path.exists()
+    kept = launch.prepare(sweep, Home(tmp_path), "demo-1")
+    with launch.all_or_nothing(kept) as undo:
+        undo.callback(undone.append, "again")
+    assert undone == ["study"]
+    assert kept.path.exists()
 
 
 def test_a_home_that_cannot_be_written_is_refused(sweep: Sweep, tmp_path: Path) -> None:

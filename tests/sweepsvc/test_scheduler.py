@@ -105,7 +105,10 @@ def test_a_runner_that_raises_without_a_result_is_a_failure_all_the_same(
     notebook = Notebook(tmp_path, RAISES, COMPLETES)
     scheduler.run(notebook)
     assert notebook.outcomes() == ["failed", "completed"]
-    assert notebook.results[0].failure is not None
+    failure = notebook.results[0].failure
+    assert failure is not None
+    assert failure.kind == "bug"
+    assert "no result was written" in failure.message
 
 
 def test_nothing_to_run_ends_at_once(scheduler: Scheduler, tmp_path: Path) -> None:
@@ -161,20 +164,47 @@ def test_a_signal_ends_running_trials_as_interrupted(
     ],
 )
 def test_more_than_there_is_is_refused(
-    ray_scheduler: RayScheduler, tmp_path: Path, resources: dict[str, Any], message: str
+    monkeypatch: pytest.MonkeyPatch,
+    ray_scheduler: RayScheduler,
+    tmp_path: Path,
+    resources: dict[str, Any],
+    message: str,
 ) -> None:
+    monkeypatch.setattr("sweepsvc.scheduler._nodes", lambda: [{"CPU": 4.0}])
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0})
     wanting = RayScheduler(Resources(**resources), tmp_path)
     with pytest.raises(CannotStart, match=message):
         wanting.check()
 
 
 def test_a_trial_without_gpus_takes_the_whole_machine_unless_told_otherwise(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("sweepsvc.scheduler._nodes", lambda: [{"CPU": 6.0}])
+    whole = RayScheduler(Resources(gpus=0), tmp_path)
+    assert whole._bundle() == {"CPU": 6}
+    assert whole._slots() == 1
+    assert RayScheduler(Resources(gpus=0, cpus=1), tmp_path)._slots() == 6
+
+
+def test_a_trial_without_gpus_sees_none(ray_scheduler: RayScheduler, tmp_path: Path) -> None:
+    notebook = Notebook(tmp_path, COMPLETES)
+    ray_scheduler.run(notebook)
+    assert notebook.reports[0][0].notes == ("CUDA_VISIBLE_DEVICES=",)
+
+
+def test_what_is_running_when_the_conductor_fails_is_ended_as_interrupted(
     ray_scheduler: RayScheduler, tmp_path: Path
 ) -> None:
-    whole = RayScheduler(Resources(gpus=0), tmp_path)
-    assert whole._bundle() == {"CPU": float(os.cpu_count() or 1)}
-    assert whole._slots() == 1
-    assert RayScheduler(Resources(gpus=0, cpus=1), tmp_path)._slots() == os.cpu_count()
+    notebook = Notebook(tmp_path, HANGS)
+
+    def broken() -> None:
+        raise OSError("the disk is full")
+
+    notebook.on_report = broken
+    with pytest.raises(Exception, match="the disk is full"):
+        ray_scheduler.run(notebook)
+    assert notebook.outcomes() == ["interrupted"]
 
 
 def test_one_trial_takes_one_gpu_of_its_kind(

@@ -78,6 +78,27 @@ def test_the_table_has_the_baseline_on_top_and_marks_the_best() -> None:
     ]
 
 
+def test_a_narrow_terminal_loses_no_number() -> None:
+    narrow = Console(file=io.StringIO(), width=60)
+    narrow.print(view.results(record(), narrow))
+    shown = narrow.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in shown
+    assert "trial 1 (lora.r=32, lora.alpha=2*r) * completed" in shown
+    assert "    facts 0.750 ± 0.050" in shown
+    assert "    1,000 trainable, 100.0 s, 14.18 GB" in shown
+    assert "    diverged: the loss must stay finite" in shown
+    wide = Console(file=io.StringIO(), width=120)
+    wide.print(view.results(record(), wide))
+    assert "┃ trial" in wide.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_score_that_is_not_finite_is_null_in_json() -> None:
+    broken = TrialRecord(proposal(0), "completed", 1, completed(float("nan")), None, "run0")
+    given = view.status_json(record(trials=[broken]))
+    assert given["trials"][0]["scores"] == {"facts": None}
+    json.dumps(given, allow_nan=False)
+
+
 def test_a_failed_trial_shows_no_numbers() -> None:
     failed = next(line for line in text_of(view.result_table(record())).splitlines() if "diverged" in line)
     assert [cell.strip() for cell in failed.split("│")[4:-1]] == ["", "", "", ""]

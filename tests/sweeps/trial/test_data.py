@@ -41,6 +41,12 @@ def test_json_jsonl_and_csv_give_the_same_rows(tmp_path: Path) -> None:
     assert as_json == as_lines == as_csv == [data.Row(**row) for row in ROWS]
 
 
+def test_a_csv_of_excel_and_one_with_a_long_field_are_read(tmp_path: Path) -> None:
+    long = "word " * 40_000
+    rows = data.read_rows(written(tmp_path, "a.csv", f"\ufeffinstruction,output\nq,{long}\n"))
+    assert rows == [data.Row("q", "", long)]
+
+
 def test_the_prompt_is_alpacas_and_the_response_follows_it_directly() -> None:
     without, with_input = (data.Row(**row).prompt for row in ROWS)
     assert without == (
@@ -127,6 +133,8 @@ def test_a_split_that_leaves_nothing_is_refused() -> None:
         ("a.json", '[{"instruction": "", "output": "a"}]', "row 1 of .*: instruction must not be empty"),
         ("a.jsonl", '{"instruction": "q", "output": "a"}\n{', "a.jsonl:2 must be one JSON object"),
         ("a.csv", "instruction,answer\nq,a\n", "row 1 of .* must have a column output, got .*answer"),
+        ("a.csv", "instruction,input,output\nWhere?,,Paris, France\n", "row 1 .* got more: .*in quotes"),
+        ("a.csv", 'instruction,output\nq,"a\n', "a.csv must be CSV with a header"),
         ("a.txt", "q", "ends in .json, .jsonl or .csv"),
     ],
 )

@@ -169,6 +169,14 @@ def test_a_loss_that_is_not_finite_ends_the_trial_and_names_the_step(
         train(model, spec_of(), budget=10_000)
 
 
+def test_a_held_out_loss_that_is_not_finite_ends_the_trial_too(
+    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "held_out_loss", lambda *_: float("nan"))
+    with pytest.raises(Diverged, match="the held-out loss must stay finite, got nan at step 10"):
+        train(model, spec_of())
+
+
 def test_a_loss_that_stays_far_above_its_start_ends_the_trial(
     model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
