@@ -141,6 +141,8 @@ def plan(file: SweepFile, overrides: SetOption = None, as_json: JsonOption = Fal
 
     from rich.table import Table
 
+    from sweepsvc.view import with_rule
+
     table = Table(
         title=f"{made.sweep.name}: {made.runs} trials, {made.baselines} baselines", title_justify="left"
     )
@@ -150,7 +152,7 @@ def plan(file: SweepFile, overrides: SetOption = None, as_json: JsonOption = Fal
         table.add_column(path, justify="right")
     table.add_column("trainable parameters", justify="right")
     for number, trial in enumerate(made.trials):
-        values = [_with_rule(trial.resolved.params[path], trial.resolved.rules.get(path)) for path in paths]
+        values = [with_rule(trial.resolved.params[path], trial.resolved.rules.get(path)) for path in paths]
         table.add_row(str(number), *values, f"{trial.trainable_params:,}")
     console = _console()
     console.print(table)
@@ -235,11 +237,6 @@ def _python() -> str:
     with contextlib.suppress(ValueError):
         return str(Path(sys.executable).relative_to(Path.cwd()))
     return sys.executable
-
-
-def _with_rule(value: Any, rule: str | None) -> str:
-    text = f"{value:g}" if isinstance(value, float) else str(value)
-    return text if rule in (None, text) else f"{text} ({rule})"
 
 
 def _print_json(value: Any) -> None:

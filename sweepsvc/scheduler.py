@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -49,7 +49,7 @@ _ENVIRONMENT = {
 class Runner(Protocol):
     """What an actor keeps from trial to trial."""
 
-    def __call__(self, spec: TrialSpec, folder: Path) -> Iterator[Progress]: ...
+    def __call__(self, spec: TrialSpec, folder: Path) -> Generator[Progress, None, None]: ...
 
 
 class RayScheduler:

@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sweeps.result import Progress, Score, TrialResult
+from sweeps.space import field_value
 from sweepsvc.protocols import Proposal, SweepRecord, TrialRecord
 
 
@@ -240,19 +241,15 @@ def _cells(trial: TrialRecord, paths: Sequence[str], tasks: Sequence[str], is_be
     return cells
 
 
-def _value_text(proposal: Proposal, path: str) -> str:
-    value = proposal.params.get(path, field_value(proposal, path))
+def with_rule(value: Any, rule: str | None) -> str:
+    """`64 (2*r)`: a value, and how it was written where that is not the same."""
     text = f"{value:g}" if isinstance(value, float) else str(value)
-    rule = proposal.rules.get(path)
     return text if rule in (None, text) else f"{text} ({rule})"
 
 
-def field_value(proposal: Proposal, path: str) -> Any:
-    """The value at a field path of the proposal's spec."""
-    value: Any = proposal.spec
-    for name in path.split("."):
-        value = getattr(value, name)
-    return value
+def _value_text(proposal: Proposal, path: str) -> str:
+    value = proposal.params.get(path, field_value(proposal.spec, path))
+    return with_rule(value, proposal.rules.get(path))
 
 
 def status_json(record: SweepRecord) -> Mapping[str, Any]:

@@ -40,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         for progress in trial:
             print(_line(progress), flush=True)
     except KeyboardInterrupt:
-        trial.close()  # type: ignore[attr-defined]
+        trial.close()
     result = TrialFolder(given.folder).read_result()
     assert result is not None
     print("\n".join(_summary(result)))

@@ -7,7 +7,7 @@ import os
 import platform
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -77,7 +77,7 @@ class _Account:
         )
 
 
-def run_trial(spec: TrialSpec, resident: Resident, folder: Path | str) -> Iterator[Progress]:
+def run_trial(spec: TrialSpec, resident: Resident, folder: Path | str) -> Generator[Progress, None, None]:
     """Run one trial on the resident base, reporting as it goes; always leaves `result.json`.
 
     An exception is a result: it is classified and written, not raised. A caller that closes the iterator
@@ -201,5 +201,5 @@ class TrialRunner:
     def __init__(self) -> None:
         self._resident = Resident()
 
-    def __call__(self, spec: TrialSpec, folder: Path) -> Iterator[Progress]:
+    def __call__(self, spec: TrialSpec, folder: Path) -> Generator[Progress, None, None]:
         return run_trial(spec, self._resident, folder)

@@ -194,7 +194,7 @@ def test_a_trial_that_is_closed_midway_is_interrupted_and_leaves_the_base_clean(
     resident = Resident()
     running = trial.run_trial(spec, resident, tmp_path)
     assert next(report for report in running if report.step > 0)
-    running.close()  # type: ignore[attr-defined]
+    running.close()
     result = TrialFolder(tmp_path).read_result()
     assert result is not None
     assert result.outcome == "interrupted"
