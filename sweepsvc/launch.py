@@ -16,6 +16,7 @@ from sweeps.sweep import Sweep
 from sweeps.trial.paths import write_whole
 from sweepsvc.home import Home, SweepFolder
 from sweepsvc.protocols import Proposal, Recorder, Scheduler, Study, SweepState
+from sweepsvc.urls import masked
 from sweepsvc.view import View
 
 T = TypeVar("T")
@@ -72,9 +73,8 @@ class SweepRun:
         try:
             return call()
         except Exception as error:
-            self._view.note(
-                f"the tracker failed, the study has every result: {type(error).__name__}: {error}"
-            )
+            reason = masked(f"{type(error).__name__}: {error}")
+            self._view.note(f"the tracker failed, the study has every result: {reason}")
             return None
 
 

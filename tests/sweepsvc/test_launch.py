@@ -42,7 +42,7 @@ class Log:
     def _hear(self, what: str) -> None:
         self.heard.append(what)
         if self._fails:
-            raise ConnectionError("no route to the tracker")
+            raise ConnectionError("no route to the tracker http://me:secret@host")
 
     def open(self) -> None:
         self._hear("open")
@@ -137,7 +137,8 @@ def test_a_tracker_that_fails_stops_nothing_and_is_shown(sweep: Sweep, tmp_path:
     state, record, view = drive(sweep, Home(tmp_path), Script(DONE, DONE, DONE), Log(fails=True))
     assert state == "completed"
     assert [trial.value for trial in record.trials] == [0.5, 0.5]
-    assert any("no route to the tracker" in note for note in view.notes)
+    assert any("no route to the tracker http://me:***@host" in note for note in view.notes)
+    assert not any("secret" in note for note in view.notes)
 
 
 def test_an_id_that_is_taken_is_refused_and_nothing_is_overwritten(sweep: Sweep, tmp_path: Path) -> None:
