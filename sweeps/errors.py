@@ -6,12 +6,16 @@
     ├── InvalidTrial            picks from a valid space that resolve to no valid trial
     ├── CannotStart             the file is good, this machine or home cannot run it (exit 2)
     ├── UnknownSweep            no sweep of that id (exit 2)
+    ├── CannotContinue          the ledger or the disk failed in mid-sweep; the sweep can be resumed (exit 4)
+    ├── Interrupted             a trial was asked to stop, and did: no failure
     └── TrialError              a trial ended without a result; `kind` is its failure class
         ├── Diverged            the loss is not finite, or stayed far above its start
         ├── OutOfMemory         one row alone does not fit
         ├── BadData             the dataset is missing, empty or malformed
         ├── BadModel            the model cannot be loaded, or the adapter does not fit it
-        └── EvaluationFailed    trained, but a benchmark raised
+        ├── EvaluationFailed    trained, but a benchmark raised
+        ├── DownloadFailed      the hub could not be reached: may succeed later
+        └── DiskFull            a file of the trial could not be written
 
 An error states the law, then the values, then the remedy.
 """
@@ -23,7 +27,15 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 FailureClass = Literal[
-    "diverged", "out_of_memory", "bad_data", "bad_model", "evaluation_failed", "process_lost", "bug"
+    "diverged",
+    "out_of_memory",
+    "bad_data",
+    "bad_model",
+    "evaluation_failed",
+    "download_failed",
+    "disk_full",
+    "process_lost",
+    "bug",
 ]
 
 
@@ -86,6 +98,14 @@ class UnknownSweep(SweepsError):
     """No sweep has the id that was asked for, or more than one does."""
 
 
+class CannotContinue(SweepsError):
+    """A running sweep must stop, and can be resumed once what it says is mended."""
+
+
+class Interrupted(SweepsError):
+    """A trial was asked to stop; what it has done so far is in its last checkpoint."""
+
+
 class TrialError(SweepsError):
     """A trial that ended without a result, for a reason that has a name."""
 
@@ -110,6 +130,14 @@ class BadModel(TrialError):
 
 class EvaluationFailed(TrialError):
     kind = "evaluation_failed"
+
+
+class DownloadFailed(TrialError):
+    kind = "download_failed"
+
+
+class DiskFull(TrialError):
+    kind = "disk_full"
 
 
 def failure_class(error: BaseException) -> FailureClass:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from sweeps.spec import FIELDS, CountInt, Flag, Part, PositiveInt, Text, TrialSpec
-from sweeps.sweep import Resources, Sampler
+from sweeps.sweep import Faults, Resources, Retries, Sampler
 from sweeps.wording import nearest, shown, unknown
 
 _Finite = Annotated[float, Field(strict=True, allow_inf_nan=False)]
@@ -22,6 +22,7 @@ class FileForm(Part):
     baseline: Flag = True
     objective: Any = None
     resources: Any = None
+    faults: Any = None
 
 
 class SearchForm(Part):
@@ -33,6 +34,12 @@ class SearchForm(Part):
     first: Any = None
     repeats: PositiveInt = 1
     seed: CountInt = 0
+
+
+class FaultsForm(Faults):
+    """`faults:`"""
+
+    retries: Any = None
 
 
 class ObjectiveForm(Part):
@@ -89,5 +96,7 @@ def override_paths() -> list[str]:
         ("search", SearchForm),
         ("resources", Resources),
         ("objective", ObjectiveForm),
+        ("faults", Faults),
+        ("faults.retries", Retries),
     ]
     return [f"{section}.{name}" for section, form in forms for name in form.model_fields]

@@ -12,12 +12,13 @@ from typing import Any, Literal
 from pydantic import Field
 
 from sweeps.space import Label, Picks, Resolved, Rule, Space
-from sweeps.spec import CountFloat, Part, PositiveInt, Text, TrialSpec
+from sweeps.spec import CountFloat, CountInt, Part, PositiveInt, Text, TrialSpec
 
 Sampler = Literal["grid", "random", "tpe", "gp", "cmaes", "qmc"]
 
 COSTS = ("peak_memory_gb", "wall_seconds", "train_seconds")
 LOSSES = ("eval.loss", "train.loss")
+CHECKPOINT_MINUTES = 5.0
 SCORE = "score."
 MEAN_SCORE = "score.mean"
 
@@ -62,6 +63,32 @@ class Resources(Part):
     parallel: PositiveInt | None = Field(None, description="Most trials at once; as many as fit if unset.")
 
 
+class Retries(Part):
+    """How often one trial is tried again, by class of failure. What is not named here never is: the same
+    trial would fail in the same way."""
+
+    process_lost: CountInt = Field(3, description="Killed, node gone, preempted: from the last checkpoint.")
+    evaluation_failed: CountInt = Field(
+        1, description="A benchmark raised: the evaluation again, not the training."
+    )
+    download_failed: CountInt = Field(
+        5, description="The hub did not answer: after a pause, doubled each time."
+    )
+
+
+class Faults(Part):
+    """What is done against faults; nothing in it changes a result."""
+
+    checkpoint_minutes: CountFloat = Field(
+        CHECKPOINT_MINUTES, description="Minutes between two checkpoints of a trial; 0 is after every step."
+    )
+    retries: Retries = Field(Retries(), description="How often a failed trial is tried again, by class.")
+    backoff_seconds: CountFloat = Field(30.0, description="The first pause before a download is tried again.")
+    stop_after: CountInt = Field(
+        5, description="Trials that fail in a row for the same reason stop the sweep; 0 is never."
+    )
+
+
 @dataclass(frozen=True)
 class Sweep:
     """One sweep. `load_sweep_text(text, source, overrides, base_dir)` gives it again."""
@@ -76,6 +103,7 @@ class Sweep:
     baseline: bool
     objective: Objective
     resources: Resources
+    faults: Faults = field(default_factory=Faults)
 
     @property
     def file_digest(self) -> str:

@@ -21,6 +21,7 @@ from sweeps.document import SET, Document, Where, read_document, read_file
 from sweeps.errors import Fault, InvalidSweep, InvalidTrial, InvalidValue, SweepsError
 from sweeps.firsts import labels_for, no_choice_gives, not_varied, picks_for, there_is
 from sweeps.forms import (
+    FaultsForm,
     FileForm,
     ObjectiveForm,
     RangeForm,
@@ -46,7 +47,18 @@ from sweeps.space import (
     same,
 )
 from sweeps.spec import ARTICLE_TASKS, FIELDS, Part, TrialSpec
-from sweeps.sweep import LOSSES, MEAN_SCORE, SCORE, Objective, Resources, Sampler, Search, Sweep
+from sweeps.sweep import (
+    LOSSES,
+    MEAN_SCORE,
+    SCORE,
+    Faults,
+    Objective,
+    Resources,
+    Retries,
+    Sampler,
+    Search,
+    Sweep,
+)
 from sweeps.wording import nearest, shown, unknown, wrong, wrong_field
 
 __all__ = ["Objective", "Resources", "Search", "Sweep", "load_sweep", "load_sweep_text"]
@@ -105,6 +117,7 @@ class _Reader:
         search = self.search(template)
         objective = self.objective()
         resources = self.resources()
+        faults = self.faults()
         name = self.name(top)
         self.check_cycles(template, search.space)
         self.check_tasks(template, search.space)
@@ -121,6 +134,7 @@ class _Reader:
             baseline=top.get("baseline", True),
             objective=objective,
             resources=resources,
+            faults=faults,
         )
 
     def report(self, where: Where, message: str, taint: str | None = None) -> None:
@@ -387,6 +401,11 @@ class _Reader:
             message = f"gpus above 1 must be whole, got {resources.gpus}; write {int(resources.gpus)}"
             self.report((*at, "gpus"), message)
         return resources
+
+    def faults(self) -> Faults:
+        form = self.section(("faults",), FaultsForm)
+        form["retries"] = Retries(**self.section(("faults", "retries"), Retries))
+        return Faults(**form)
 
     # Checks over the whole
 

@@ -75,6 +75,14 @@ class SweepSummary:
     counts: Mapping[TrialState, int]
 
 
+@dataclass(frozen=True)
+class Report:
+    """One `Progress` of a trial, and when it was heard: milliseconds since 1970, UTC."""
+
+    progress: Progress
+    at_ms: int
+
+
 class Study(Protocol):
     """The ledger of one sweep. Only the driver writes it."""
 
@@ -92,11 +100,17 @@ class Study(Protocol):
     def notes(self) -> Sequence[str]:
         """Choices made for the user so far, each with its reason."""
 
-    def started(self, proposal: Proposal, mlflow_run_id: str | None) -> None:
+    def started(self, proposal: Proposal) -> None:
         """One more attempt at `proposal` began."""
+
+    def tracked(self, key: str, mlflow_run_id: str) -> None:
+        """The proposal of that key has this run in the tracker; it may have ended since."""
 
     def tell(self, proposal: Proposal, result: TrialResult) -> None:
         """The one final state of `proposal`. A second call for the same proposal is an error."""
+
+    def reopen(self, proposal: Proposal) -> None:
+        """`proposal`, which was told failed or interrupted, runs again: its result so far is none."""
 
     def close(self, state: SweepState) -> None:
         """The driver is done with the sweep."""
@@ -106,29 +120,57 @@ class Study(Protocol):
 
 
 class Recorder(Protocol):
-    """The tracker: a copy of what the study knows, for people to compare in. Calls come in order."""
+    """The tracker: a copy of what the study knows, for people to compare in.
+
+    Whatever it cannot reach or write, it raises. Every call may be repeated after one that failed, also by
+    another process: it then finishes what was begun, and makes nothing twice.
+    """
 
     def open(self) -> None:
-        """Open the sweep's parent run."""
+        """Open the sweep's parent run, or the one that the sweep has again."""
 
-    def start(self, proposal: Proposal) -> str | None:
-        """Open the trial's run; its id, or None where there is no tracker."""
+    def start(self, proposal: Proposal, run_id: str | None = None) -> str:
+        """Open the trial's run, or the one that it has again; its id. `run_id` is what it had, if known."""
 
-    def report(self, proposal: Proposal, progress: Progress) -> None:
-        """Record one report, in one request."""
+    def report(self, run_id: str, reports: Sequence[Report]) -> None:
+        """Record some reports, in one request."""
 
-    def end(self, proposal: Proposal, result: TrialResult, folder: Path) -> None:
+    def end(self, run_id: str, proposal: Proposal, result: TrialResult, folder: Path) -> None:
         """Record the final numbers and artifacts, and close the trial's run."""
 
     def close(self, state: SweepState) -> None:
         """Close the parent run."""
 
 
+class Tracking(Protocol):
+    """What a driver says to the tracker. It never waits for it, and trouble with it raises nothing here."""
+
+    def start(self, proposal: Proposal, attempt: int) -> None:
+        """Attempt number `attempt`, from 1, began."""
+
+    def report(self, proposal: Proposal, progress: Progress) -> None: ...
+
+    def end(self, proposal: Proposal, result: TrialResult) -> None: ...
+
+    def opened(self) -> Sequence[tuple[str, str]]:
+        """The key and the run of each trial whose run was opened since the last call."""
+
+    def notes(self) -> Sequence[str]:
+        """What a person should know, since the last call: that the tracker fails, that it answers again."""
+
+    def close(self, state: SweepState) -> None:
+        """Close the parent run once everything is delivered, or leave the rest in the outbox and say so."""
+
+
+class Later:
+    """Nothing to place just now; ask again in a moment."""
+
+
 class Conductor(Protocol):
     """The sweep's side of a scheduler: it hands out proposals and hears how they go."""
 
-    def next(self) -> Proposal | None:
-        """The next proposal to place, None when there is none left."""
+    def next(self) -> Proposal | Later | None:
+        """The next proposal to place, None when there is none left; asked again and again."""
 
     def started(self, proposal: Proposal) -> None:
         """The proposal is on a worker."""
@@ -137,7 +179,7 @@ class Conductor(Protocol):
         """The worker reported."""
 
     def ended(self, proposal: Proposal, result: TrialResult) -> None:
-        """The worker's last word; exactly once for each proposal that `next` gave out."""
+        """The worker's last word; exactly once each time that `next` gave the proposal out."""
 
     def folder(self, proposal: Proposal) -> Path:
         """Where the worker leaves its files."""
