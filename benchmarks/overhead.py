@@ -21,10 +21,12 @@ from rich.console import Console
 from sweeps.result import Measured, Progress, Score, TrialResult
 from sweeps.spec import TrialSpec
 from sweeps.sweepfile import load_sweep_text
+from sweeps.trial.keeping import Keeping
 from sweeps.trial.paths import TrialFolder
 from sweepsvc.facts import gather
 from sweepsvc.home import Home
 from sweepsvc.launch import SweepRun, drive, prepare
+from sweepsvc.outbox import Outbox
 from sweepsvc.protocols import Proposal
 from sweepsvc.recorder import MlflowRecorder
 from sweepsvc.scheduler import RayScheduler
@@ -48,7 +50,7 @@ resources: {{gpus: 0, cpus: 1, parallel: {parallel}}}
 class NoOpTrials:
     """A runner whose trials report once and leave a result."""
 
-    def __call__(self, spec: TrialSpec, folder: Path) -> Iterator[Progress]:
+    def __call__(self, spec: TrialSpec, folder: Path, keeping: Keeping) -> Iterator[Progress]:
         files = TrialFolder(folder)
         files.write_spec(spec)
         yield Progress(phase="training", step=1, steps=1, train_loss=1.0, lr=spec.optimizer.lr)
@@ -87,9 +89,10 @@ def measure(trials: int, sampler: str, parallel: int, place: Path) -> tuple[list
         recorder = MlflowRecorder(sweep, sweep_id, home.tracking_uri, home.artifacts, facts)
         recorder.open()
         with (place / "log").open("w") as log:
-            run = TimedRun(study, recorder, folder, LineView(Console(file=log)))
-            state = drive(run, scheduler)
-    assert state == "completed", state
+            tracking = Outbox(recorder, folder)
+            run = TimedRun(study, tracking, folder, LineView(Console(file=log)), sweep.faults)
+            record = drive(run, scheduler)
+    assert record.state == "completed", record.state
     assert len(run.ends) == trials
     return run.ends, time.perf_counter() - start
 

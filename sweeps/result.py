@@ -59,6 +59,9 @@ class Measured(Record):
     """What a trial cost. Memory in decimal gigabytes (1e9 bytes), time in seconds.
 
     `peak_memory_gb` is the accelerator's peak *allocated* memory, the host's where there is no accelerator.
+    Of a trial that was cut and resumed, seconds and tokens are the sums over its attempts, and peaks the
+    highest of them, as far as the checkpoints know: what an attempt did after its last one is in none of
+    these. `tokens_per_second` is of the sums.
     What was not measured is None: a wrong number is worse than no number.
     """
 

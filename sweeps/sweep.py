@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -110,6 +110,12 @@ class Sweep:
         """Of the file's text with its overrides: 16 hexadecimal digits."""
         whole = json.dumps([self.text, *self.overrides])
         return hashlib.sha256(whole.encode()).hexdigest()[:16]
+
+    def with_more(self, trials: int) -> Sweep:
+        """The same with as many distinct trials more in its budget."""
+        if not trials or self.search.trials is None:
+            return self
+        return replace(self, search=replace(self.search, trials=self.search.trials + trials))
 
     def resolve(self, picks: Picks) -> Resolved:
         """The trial that `picks`, one for each path of the space, stand for. Raises `InvalidTrial`."""

@@ -1,27 +1,23 @@
 """The commands. Heavy imports happen inside them, so that `--help` is instant.
 
 Exit codes: 0 done, every trial completed or pruned; 2 bad input, nothing started; 3 done, some trials
-failed; 4 interrupted; 1 a fault of ours.
+failed; 4 interrupted, can be resumed; 1 a fault of ours.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sweeps.errors import CannotStart, InvalidSweep, TrialError, UnknownSweep
+from sweeps.errors import CannotContinue, CannotStart, InvalidSweep, TrialError, UnknownSweep
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from sweeps.sweep import Sweep
     from sweepsvc.home import Home
     from sweepsvc.protocols import SweepRecord
@@ -47,6 +43,13 @@ SetOption = Annotated[
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
 
+SweepId = Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep's id, or the start of one alone.")]
+MaybeSweepId = Annotated[
+    str | None,
+    typer.Argument(metavar="[SWEEP]", help="A sweep's id, or the start of one alone. [default: newest]"),
+]
+
+
 @app.command()
 def launch(
     file: SweepFile,
@@ -61,62 +64,100 @@ def launch(
 
     sweep = _load(file, overrides)
     place = _home(home)
-    state = _launch(sweep, place, sweep_id or new_sweep_id(sweep.name))
+    place.check()
+
+    from sweepsvc import session
+
+    _exit_as(lambda: session.launch(sweep, place, sweep_id or new_sweep_id(sweep.name)))
+
+
+@app.command()
+def resume(
+    sweep: SweepId,
+    failed: Annotated[bool, typer.Option("--failed", help="Only those that failed, whatever for.")] = False,
+    trials: Annotated[
+        list[str] | None, typer.Option("--trial", metavar="N", help="Only this trial; may be repeated.")
+    ] = None,
+    from_scratch: Annotated[
+        bool, typer.Option("--from-scratch", help="Begin them anew, without their checkpoints.")
+    ] = False,
+    add_trials: Annotated[
+        int,
+        typer.Option("--add-trials", metavar="N", min=0, help="Go on past the budget, by so many trials."),
+    ] = 0,
+    as_launched: Annotated[
+        bool, typer.Option("--as-launched", help="Go on with the file as it was, whatever it is now.")
+    ] = False,
+    take_over: Annotated[
+        bool, typer.Option("--take-over", help="The host that drove the sweep is gone for good.")
+    ] = False,
+    home: HomeOption = None,
+) -> None:
+    """Go on with a sweep: what failed, was cut off or never ran, from its last checkpoint."""
+    from sweepsvc import session
+    from sweepsvc.resume import Selection
+
+    selection = Selection(failed, tuple(trials or ()), from_scratch)
+    asked = session.Asked(selection, add_trials, as_launched, take_over)
+    _exit_as(lambda: session.resume(sweep, _home(home), asked))
+
+
+@app.command()
+def stop(
+    sweep: MaybeSweepId = None,
+    wait: Annotated[bool, typer.Option(help="Wait until it has stopped.")] = True,
+    home: HomeOption = None,
+) -> None:
+    """Stop a sweep that runs elsewhere: its trials write a checkpoint and end as interrupted."""
+    from sweepsvc import session
+
+    session.stop(sweep, _home(home), wait)
+
+
+@app.command()
+def sync(sweep: MaybeSweepId = None, home: HomeOption = None) -> None:
+    """Rebuild the tracker's copy of a sweep from its study and its result files."""
+    from sweepsvc import session
+
+    session.sync(sweep, _home(home))
+
+
+def _exit_as(drive: Callable[[], SweepRecord]) -> None:
+    try:
+        state = drive().state
+    except KeyboardInterrupt:  # before the first trial or behind the last one; typer would exit with 1
+        print("interrupted", file=sys.stderr)
+        state = "interrupted"
     raise typer.Exit({"completed": 0, "failed": SOME_FAILED}.get(state, INTERRUPTED))
-
-
-def _launch(sweep: Sweep, home: Home, sweep_id: str) -> str:
-    from sweepsvc.facts import gather
-    from sweepsvc.launch import SweepRun, all_or_nothing, drive, prepare
-    from sweepsvc.recorder import MlflowRecorder
-    from sweepsvc.scheduler import RayScheduler
-    from sweepsvc.study import open_study
-
-    console = _console()
-    console.print(f"sweep {sweep_id} in {home.path}", markup=False, highlight=False, soft_wrap=True)
-    facts = gather(Path(sweep.source))
-    with RayScheduler(sweep.resources, home.sweep(sweep_id).ray) as scheduler:
-        scheduler.check()
-        folder = prepare(sweep, home, sweep_id)
-        with all_or_nothing(folder) as undo:
-            study = open_study(sweep, sweep_id, home.study_url, facts)
-            undo.callback(study.discard)
-            recorder = MlflowRecorder(sweep, sweep_id, home.tracking_uri, home.artifacts, facts)
-            recorder.open()
-        with _view(console, sweep) as view:
-            state = drive(SweepRun(study, recorder, folder, view), scheduler)
-    _print_results(console, study.read())
-    console.print(_next_steps(home, sweep_id), markup=False, highlight=False, soft_wrap=True)
-    return state
 
 
 @app.command()
 def status(
-    sweep: Annotated[
-        str | None,
-        typer.Argument(metavar="[SWEEP]", help="A sweep's id or a unique prefix. [default: newest]"),
-    ] = None,
+    sweep: MaybeSweepId = None,
     as_json: JsonOption = False,
     home: HomeOption = None,
 ) -> None:
     """Show a sweep's trials and how they went."""
     from sweepsvc.study import load_record
-    from sweepsvc.view import status_json
+    from sweepsvc.view import results, status_json, terminal
 
-    record = _as_it_stands(load_record(sweep, _home(home).study_url))
+    place = _home(home)
+    place.check()
+    record = _as_it_stands(load_record(sweep, place.study_url))
     if as_json:
         _print_json(status_json(record))
         return
-    _print_results(_console(), record)
+    console = terminal()
+    console.print(results(record, console), markup=False, highlight=False)
 
 
 def _as_it_stands(record: SweepRecord) -> SweepRecord:
     """A sweep whose driver is gone is interrupted, whatever the driver last wrote."""
     from dataclasses import replace
 
-    from sweepsvc.facts import owner_lives
+    from sweepsvc.owner import lives
 
-    if record.state == "running" and owner_lives(record.facts):
+    if record.state == "running" and lives(record.owner):
         return record
 
     def stopped(trials: Any) -> list[Any]:
@@ -141,7 +182,7 @@ def plan(file: SweepFile, overrides: SetOption = None, as_json: JsonOption = Fal
 
     from rich.table import Table
 
-    from sweepsvc.view import with_rule
+    from sweepsvc.view import terminal, with_rule
 
     table = Table(
         title=f"{made.sweep.name}: {made.runs} trials, {made.baselines} baselines", title_justify="left"
@@ -154,7 +195,7 @@ def plan(file: SweepFile, overrides: SetOption = None, as_json: JsonOption = Fal
     for number, trial in enumerate(made.trials):
         values = [with_rule(trial.resolved.params[path], trial.resolved.rules.get(path)) for path in paths]
         table.add_row(str(number), *values, f"{trial.trainable_params:,}")
-    console = _console()
+    console = terminal()
     console.print(table)
     console.print(made.note, markup=False, highlight=False)
 
@@ -199,46 +240,6 @@ def _home(home: Path | None) -> Home:
     return Home(home)
 
 
-def _console() -> Console:
-    from rich.console import Console
-
-    # A pipe or a file gets whole rows, however many columns a table has.
-    return Console() if sys.stdout.isatty() else Console(width=240)
-
-
-@contextlib.contextmanager
-def _view(console: Console, sweep: Sweep) -> Iterator[Any]:
-    from sweepsvc.view import LineView, LiveView
-
-    if not console.is_terminal:
-        yield LineView(console)
-        return
-    with LiveView(console, sweep.objective.metric, sweep.objective.maximize) as view:
-        yield view
-
-
-def _print_results(console: Console, record: SweepRecord) -> None:
-    from sweepsvc.view import results
-
-    console.print(results(record, console), markup=False, highlight=False)
-
-
-def _next_steps(home: Home, sweep_id: str) -> str:
-    where = "" if home.path == Path("runs").absolute() else f" --home {shlex.quote(str(home.path))}"
-    command = f"{shlex.quote(_python())} -m sweepsvc"
-    return (
-        f"compare the trials in the MLflow UI:  {command} ui{where}\n"
-        f"see them again here:                  {command} status {sweep_id}{where}"
-    )
-
-
-def _python() -> str:
-    """This Python, as one would type it here: `.venv/bin/python`."""
-    with contextlib.suppress(ValueError):
-        return str(Path(sys.executable).relative_to(Path.cwd()))
-    return sys.executable
-
-
 def _print_json(value: Any) -> None:
     json.dump(value, sys.stdout, indent=2, allow_nan=False)
     sys.stdout.write("\n")
@@ -260,3 +261,6 @@ def main() -> None:
     except (CannotStart, UnknownSweep, TrialError) as error:
         print(error, file=sys.stderr)
         sys.exit(BAD_INPUT)
+    except CannotContinue as error:
+        print(error, file=sys.stderr)
+        sys.exit(INTERRUPTED)

@@ -5,16 +5,24 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from sweeps.errors import CannotStart
+from sweeps.trial.paths import write_whole
 from sweepsvc.protocols import Proposal
+
+FORMAT = 1
+"""Of a home and of a study in it. A higher one was made by a later version of sweepsvc, and is refused."""
 
 
 class Home:
     """The files and stores of every sweep.
 
+    format                                 one number, see `FORMAT`
     study.db, mlflow.db, mlartifacts/      the embedded stores; SWEEPSVC_STUDY_URL and
                                            MLFLOW_TRACKING_URI point elsewhere
     <sweep-id>/sweep.yaml                  the sweep file as it was launched
     <sweep-id>/trials/<number>/            one trial's files
+    <sweep-id>/owner                       the process that drives the sweep, locked by it
+    <sweep-id>/stop                        there while the sweep is asked to stop
     <sweep-id>/ray/                        Ray's own state, never read by us
     """
 
@@ -33,6 +41,23 @@ class Home:
     def artifacts(self) -> Path:
         return self.path / "mlartifacts"
 
+    def check(self) -> None:
+        """Raise `CannotStart` if a later version made this home."""
+        try:
+            text = (self.path / "format").read_text(encoding="utf-8").strip()
+        except OSError:
+            return  # not made yet, or somebody else says why it cannot be read
+        if not text.isdecimal() or int(text) > FORMAT:
+            raise CannotStart(
+                f"a home must be of format {FORMAT} or lower, got {text[:20]!r} in {self.path}: a later "
+                "version of sweepsvc made it; use that version, or another --home"
+            )
+
+    def mark(self) -> None:
+        """Say which format the home has, if nothing says so yet."""
+        if not (self.path / "format").exists():
+            write_whole(self.path / "format", f"{FORMAT}\n")
+
     def sweep(self, sweep_id: str) -> SweepFolder:
         return SweepFolder(self.path / sweep_id)
 
@@ -44,6 +69,8 @@ class SweepFolder:
         self.path = path
         self.sweep_file = path / "sweep.yaml"
         self.ray = path / "ray"
+        self.owner = path / "owner"
+        self.stop = path / "stop"
 
     def trial(self, proposal: Proposal) -> Path:
         return self.path / "trials" / proposal.key

@@ -6,17 +6,21 @@ import contextlib
 import datetime
 import re
 import shutil
-from collections.abc import Callable, Iterator
+import signal
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TypeVar
 
-from sweeps.errors import CannotStart
+from sweeps.errors import CannotContinue, CannotStart, FailureClass
 from sweeps.result import Progress, TrialResult
-from sweeps.sweep import Sweep
-from sweeps.trial.paths import write_whole
+from sweeps.sweep import Faults, Retries, Sweep
+from sweeps.trial.paths import TrialFolder, write_whole
+from sweepsvc import owner
 from sweepsvc.home import Home, SweepFolder
-from sweepsvc.protocols import Proposal, Recorder, Scheduler, Study, SweepState
-from sweepsvc.urls import masked
+from sweepsvc.protocols import Later, Proposal, Scheduler, Study, SweepRecord, SweepState, Tracking
 from sweepsvc.view import View
 
 T = TypeVar("T")
@@ -25,57 +29,251 @@ T = TypeVar("T")
 class SweepRun:
     """One driver over one sweep: hands proposals to the scheduler, tells the study, then the tracker.
 
-    The study is told first: it is the ledger. The tracker is a copy for people, so trouble with it is
-    shown and stops nothing.
+    The study is told first: it is the ledger. `queue` comes before whatever the study proposes next, of which
+    there is nothing with `asks=False`. Of the queue, what was `told` failed or interrupted is opened again
+    once it is its turn; what is `forgotten` begins anew, whatever it left.
+
+    Nothing here raises into the scheduler. Where the sweep cannot go on, no more is handed out, and what runs
+    is asked to write a checkpoint and end.
     """
 
-    def __init__(self, study: Study, recorder: Recorder, folder: SweepFolder, view: View) -> None:
+    def __init__(
+        self,
+        study: Study,
+        tracking: Tracking,
+        folder: SweepFolder,
+        view: View,
+        faults: Faults,
+        queue: Iterable[Proposal] = (),
+        asks: bool = True,
+        told: Collection[str] = (),
+        forgotten: Collection[str] = (),
+    ) -> None:
         self._study = study
-        self._recorder = recorder
+        self._tracking = tracking
         self._folder = folder
         self._view = view
-        self._baselines = list(study.baselines())
+        self._faults = faults
+        self._queue = deque(queue)
+        self._asks = asks
+        self._told = set(told)
+        self._forgotten = set(forgotten)
+        self._open: set[str] = set()
+        self._paused: list[tuple[float, Proposal]] = []  # to be tried again, each from its time on
+        self._tries: Counter[tuple[str, FailureClass]] = Counter()
+        self._failed_in_a_row: list[FailureClass] = []
         self._notes_shown = 0
-        self.outcomes: list[str] = []
+        self._end_was_said = False
+        self.stopped_because = ""
+        self.broken_by: CannotContinue | None = None
 
-    def next(self) -> Proposal | None:
-        proposal = self._baselines.pop(0) if self._baselines else self._study.ask()
-        for note in self._study.notes[self._notes_shown :]:
-            self._view.note(note)
-        self._notes_shown = len(self._study.notes)
+    def next(self) -> Proposal | Later | None:
+        self._catch_up()
+        proposal = None if self._is_stopping() else self._next_proposal()
         if proposal is None:
+            return Later() if self._open or (self._paused and not self._is_stopping()) else None
+        self._open.add(proposal.key)
+        return proposal
+
+    def _next_proposal(self) -> Proposal | None:
+        for at, proposal in self._paused:
+            if at <= time.monotonic():
+                self._paused.remove((at, proposal))
+                return self._prepared(proposal)
+        if self._queue:
+            return self._prepared(self._queue.popleft())
+        if not self._asks:
+            return None
+        asked = self._written(self._study.ask)
+        self._say_notes()
+        if asked is not None:
+            return self._prepared(asked)
+        if not self._end_was_said and self.broken_by is None:
+            self._end_was_said = True
             self._view.note(self._study.ended_because)
+        return None
+
+    def _prepared(self, proposal: Proposal) -> Proposal | None:
+        """Open for another attempt, without the last word of an earlier one, which would pass for its own."""
+        if proposal.key in self._told:
+            self._told.discard(proposal.key)
+            self._written(lambda: self._study.reopen(proposal))
+        files = TrialFolder(self.folder(proposal))
+        try:
+            if proposal.key in self._forgotten:
+                files.forget()
+                self._forgotten.discard(proposal.key)
+            elif not has_completed(files):
+                files.result.unlink(missing_ok=True)
+        except OSError as error:
+            self._break(
+                CannotContinue(f"the trial's folder must be writable, got {files.path}: {error.strerror}")
+            )
+            return None
         return proposal
 
     def started(self, proposal: Proposal) -> None:
-        run_id = self._tracked(lambda: self._recorder.start(proposal))
-        self._study.started(proposal, run_id)
+        attempt = self._written(lambda: self._study.started(proposal)) or 1
+        self._tracking.start(proposal, attempt)
         self._view.started(proposal)
+        self._catch_up()
 
     def reported(self, proposal: Proposal, progress: Progress) -> None:
         self._view.reported(proposal, progress)
-        self._tracked(lambda: self._recorder.report(proposal, progress))
+        self._tracking.report(proposal, progress)
+        self._catch_up()
 
     def ended(self, proposal: Proposal, result: TrialResult) -> None:
-        self._study.tell(proposal, result)
-        self.outcomes.append(result.outcome)
+        self._open.discard(proposal.key)
+        if self._is_tried_again(proposal, result):
+            return
+        self._written(lambda: self._study.tell(proposal, result))
         self._view.ended(proposal, result)
-        self._tracked(lambda: self._recorder.end(proposal, result, self.folder(proposal)))
+        self._tracking.end(proposal, result)
+        self._count(proposal, result)
+        self._catch_up()
 
     def folder(self, proposal: Proposal) -> Path:
         return self._folder.trial(proposal)
 
-    def close(self, state: SweepState) -> None:
-        self._study.close(state)
-        self._tracked(lambda: self._recorder.close(state))
+    def _end_unfinished(self, proposal: Proposal) -> None:
+        result = TrialResult(outcome="interrupted")
+        self._written(lambda: self._study.tell(proposal, result))
+        self._tracking.end(proposal, result)
 
-    def _tracked(self, call: Callable[[], T]) -> T | None:
+    # Trying again
+
+    def _is_tried_again(self, proposal: Proposal, result: TrialResult) -> bool:
+        kind = _to_be_mended(proposal, result)
+        if kind is None or self._is_stopping():
+            return False
+        self._tries[proposal.key, kind] += 1
+        tries, most = self._tries[proposal.key, kind], _most_tries(self._faults.retries, kind)
+        if tries > most:
+            return False
+        pause = self._faults.backoff_seconds * 2 ** (tries - 1) if kind == "download_failed" else 0.0
+        message = result.failure.message if result.failure else "the worker was asked to stop, not by us"
+        when = f" in {pause:.0f} s" if pause else ""
+        why = f"{kind}: {message}"
+        self._written(lambda: self._study.setback(proposal, why))
+        self._view.again(proposal, f"{why}; tried again{when} ({tries} of {most})")
+        self._paused.append((time.monotonic() + pause, proposal))
+        return True
+
+    def _count(self, proposal: Proposal, result: TrialResult) -> None:
+        """Stop the sweep where trial after trial fails for one reason: it is not in the trials."""
+        if result.failure is None:
+            self._failed_in_a_row.clear()
+            return
+        kind = result.failure.kind
+        if kind not in self._failed_in_a_row:
+            self._failed_in_a_row.clear()
+        self._failed_in_a_row.append(kind)
+        count, most = len(self._failed_in_a_row), self._faults.stop_after
+        if kind == "disk_full":
+            self._stop_because(
+                f"trial {proposal.key} found no space: {result.failure.message}; free the disk"
+            )
+        elif most and count >= most:
+            self._stop_because(
+                f"{count} trials in a row failed as {kind}, the last one: {result.failure.message}; "
+                "mend that, or raise faults.stop_after"
+            )
+
+    # Stopping
+
+    def _is_stopping(self) -> bool:
+        if not self.stopped_because and self._folder.stop.exists():
+            self._stop_because("it was asked to stop; what runs writes a checkpoint and ends")
+        return bool(self.stopped_because)
+
+    def _stop_because(self, why: str) -> None:
+        if not self.stopped_because:
+            self.stopped_because = why
+            self._view.note(f"the sweep stops: {why}")
+
+    def ask_to_stop(self) -> None:
+        """Hand out no more, and have every worker write a checkpoint and end."""
+        with contextlib.suppress(OSError):  # on a full disk those that run go on to their ends
+            self._folder.stop.touch()
+        self._stop_because("it was asked to stop; what runs writes a checkpoint and ends (again: at once)")
+
+    def _break(self, error: CannotContinue) -> None:
+        if self.broken_by is None:
+            self.broken_by = error
+            self._stop_because(str(error))
+            with contextlib.suppress(OSError):
+                self._folder.stop.touch()
+
+    def _written(self, write: Callable[[], T]) -> T | None:
         try:
-            return call()
-        except Exception as error:
-            reason = masked(f"{type(error).__name__}: {error}")
-            self._view.note(f"the tracker failed, the study has every result: {reason}")
+            return write()
+        except CannotContinue as error:
+            self._break(error)
             return None
+
+    # The tracker
+
+    def _catch_up(self) -> None:
+        """Hear from the tracker: which runs it has opened, and whether it fails."""
+        for key, run_id in self._tracking.opened():
+            self._written(lambda key=key, run_id=run_id: self._study.tracked(key, run_id))  # type: ignore[misc]
+        for note in self._tracking.notes():
+            self._view.note(note)
+
+    def _say_notes(self) -> None:
+        for note in self._study.notes[self._notes_shown :]:
+            self._view.note(note)
+        self._notes_shown = len(self._study.notes)
+
+    def close(self) -> SweepRecord:
+        """Write down how the sweep stands, deliver what the tracker has not heard yet; the record.
+
+        Raises `CannotContinue` if the ledger could not be written, now or before.
+        """
+        for _, proposal in self._paused:
+            self._end_unfinished(proposal)
+        state = state_of(self._study.read())
+        self._written(lambda: self._study.close(state))
+        self._tracking.close(state)
+        self._catch_up()
+        if self.broken_by is not None:
+            raise self.broken_by
+        return self._study.read()
+
+
+def state_of(record: SweepRecord) -> SweepState:
+    """A sweep is done once nothing is left to propose and every trial has ended."""
+    states = {trial.state for trial in (*record.baselines, *record.trials)}
+    if not record.ended or states & {"waiting", "running", "interrupted"}:
+        return "interrupted"
+    return "failed" if "failed" in states else "completed"
+
+
+def has_completed(files: TrialFolder) -> bool:
+    """Whether the worker's last word is a result that stands, whoever has heard of it."""
+    try:
+        result = files.read_result()
+    except (OSError, ValueError):
+        return False
+    return result is not None and result.outcome in ("completed", "pruned")
+
+
+def _to_be_mended(proposal: Proposal, result: TrialResult) -> FailureClass | None:
+    """The class of a failure that another attempt may mend; None for an end that stands."""
+    if result.outcome == "interrupted":  # while the sweep goes on: the node is taken from us
+        return "process_lost"
+    if result.failure is None:
+        return None
+    kind = result.failure.kind
+    if kind == "evaluation_failed" and result.steps < proposal.spec.steps:
+        return None  # found before the training: it would be found again
+    return kind
+
+
+def _most_tries(retries: Retries, kind: FailureClass) -> int:
+    most: int = getattr(retries, kind, 0)
+    return most
 
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,127}(?<!\.db)")
@@ -97,15 +295,25 @@ def prepare(sweep: Sweep, home: Home, sweep_id: str) -> SweepFolder:
     try:
         folder.path.mkdir(parents=True)
     except FileExistsError:
-        raise CannotStart(
-            f"a sweep needs an id of its own, got {sweep_id}, which is in {home.path}; give another --id"
-        ) from None
+        raise _taken(folder, home) from None
     except OSError as error:
         raise CannotStart(
             f"the home must be writable, got {home.path}: {error.strerror}; give another --home"
         ) from error
+    home.mark()
     write_whole(folder.sweep_file, sweep.text)
     return folder
+
+
+def _taken(folder: SweepFolder, home: Home) -> CannotStart:
+    sweep_id = folder.path.name
+    driver = owner.driver_of(folder)
+    if driver is not None:
+        return owner.busy(sweep_id, driver)
+    return CannotStart(
+        f"a sweep needs an id of its own, got {sweep_id}, which is in {home.path}; give another --id, "
+        f"or go on with it: python -m sweepsvc resume {sweep_id}"
+    )
 
 
 @contextlib.contextmanager
@@ -120,14 +328,27 @@ def all_or_nothing(folder: SweepFolder) -> Iterator[contextlib.ExitStack]:
         undo.pop_all()
 
 
-def drive(run: SweepRun, scheduler: Scheduler) -> SweepState:
-    """Run the sweep to its end, or until the person stops it; its final state."""
-    state: SweepState = "interrupted"
-    try:
+def drive(run: SweepRun, scheduler: Scheduler) -> SweepRecord:
+    """Run the sweep to its end, or until a person stops it; how it stands then.
+
+    The first SIGINT or SIGTERM has the running trials write a checkpoint and end as interrupted, the second
+    ends them at once. Raises `CannotContinue` if the ledger could not be written.
+    """
+    with contextlib.suppress(KeyboardInterrupt), _gently(run):
         scheduler.run(run)
-        state = "failed" if "failed" in run.outcomes else "completed"
-    except KeyboardInterrupt:
-        pass
+    return run.close()
+
+
+@contextlib.contextmanager
+def _gently(run: SweepRun) -> Iterator[None]:
+    def hear(number: int, frame: FrameType | None) -> None:
+        if run.stopped_because:
+            raise KeyboardInterrupt
+        run.ask_to_stop()
+
+    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
     finally:
-        run.close(state)
-    return state
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 import random
-from collections import Counter
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from sweeps.errors import failure_class
 from sweeps.result import Failure, Progress, TrialResult
@@ -16,7 +17,7 @@ from sweeps.spec import TrialSpec
 from sweeps.sweep import Sweep
 from sweeps.trial.paths import TrialFolder
 from sweepsvc.proposing import Proposer, baseline_proposals
-from sweepsvc.protocols import Conductor, Proposal, SweepRecord, SweepState
+from sweepsvc.protocols import Conductor, Later, Proposal, Report, SweepRecord, SweepState
 from sweepsvc.records import proposal_entry, result_entry, started_entry, trial_record
 
 # --- study ------------------------------------------------------------------------------------------
@@ -30,8 +31,7 @@ class PlainStudy:
         self._sweep_id = sweep_id
         self._facts = dict(facts)
         self._proposer = Proposer(sweep, _Chance(sweep))
-        self._entries: dict[str, dict[str, object]] = {}
-        self._attempts: Counter[str] = Counter()
+        self._entries: dict[str, dict[str, Any]] = {}
         self._state: SweepState = "running"
 
     @property
@@ -55,24 +55,40 @@ class PlainStudy:
         self._entries[asked.proposal.key] = {"proposal": proposal_entry(asked.proposal)}
         return asked.proposal
 
-    def started(self, proposal: Proposal, mlflow_run_id: str | None) -> None:
-        self._attempts[proposal.key] += 1
-        self._entry(proposal)["started"] = started_entry(self._attempts[proposal.key], mlflow_run_id)
+    def started(self, proposal: Proposal) -> int:
+        before = self._entry(proposal.key).get("started", started_entry())
+        attempt = int(before["attempts"]) + 1
+        self._entry(proposal.key)["started"] = {**before, "attempts": attempt}
+        return attempt
+
+    def tracked(self, key: str, mlflow_run_id: str) -> None:
+        before = self._entry(key).get("started", started_entry())
+        self._entry(key)["started"] = {**before, "mlflow_run_id": mlflow_run_id}
+
+    def setback(self, proposal: Proposal, why: str) -> None:
+        before = self._entry(proposal.key).get("started", started_entry())
+        self._entry(proposal.key)["started"] = {**before, "setbacks": [*before["setbacks"], why]}
 
     def tell(self, proposal: Proposal, result: TrialResult) -> None:
-        entry = self._entry(proposal)
+        entry = self._entry(proposal.key)
         if "result" in entry:
             raise ValueError(
                 f"a trial is told once, got a second result for {proposal.key} ({result.outcome}); drop it"
             )
         entry["result"] = result_entry(result)
 
-    def _entry(self, proposal: Proposal) -> dict[str, object]:
-        if proposal.key not in self._entries:
+    def reopen(self, proposal: Proposal) -> None:
+        outcome = self._entry(proposal.key).get("result", {}).get("outcome")
+        if outcome not in ("failed", "interrupted"):
             raise ValueError(
-                f"only what this study proposed can be started or told, got {proposal.key}; ask first"
+                f"only what failed or was interrupted runs again, got {proposal.key} ({outcome}); leave it"
             )
-        return self._entries[proposal.key]
+        del self._entry(proposal.key)["result"]
+
+    def _entry(self, key: str) -> dict[str, Any]:
+        if key not in self._entries:
+            raise ValueError(f"only what this study proposed can be started or told, got {key}; ask first")
+        return self._entries[key]
 
     def close(self, state: SweepState) -> None:
         self._state = state
@@ -88,6 +104,7 @@ class PlainStudy:
             baselines=[record for record in records if record.proposal.is_baseline],
             trials=[record for record in records if not record.proposal.is_baseline],
             facts=self._facts,
+            ended=bool(self._proposer.ended_because),
         )
 
 
@@ -123,13 +140,14 @@ class PlainRun:
     """What was recorded of one trial: its reports, how it ended and the files of its folder by then."""
 
     proposal: Proposal
-    reports: list[Progress] = field(default_factory=list)
+    attempts: int = 0
+    reports: list[Report] = field(default_factory=list)
     result: TrialResult | None = None
     files: tuple[str, ...] = ()
 
 
 class PlainRecorder:
-    """The tracker in memory: one `PlainRun` a trial by its key, and the sweep's state."""
+    """The tracker in memory: one `PlainRun` a trial by its run's id, and the sweep's state."""
 
     def __init__(self, sweep_id: str) -> None:
         self.sweep_id = sweep_id
@@ -139,15 +157,35 @@ class PlainRecorder:
     def open(self) -> None:
         self.state = "running"
 
-    def start(self, proposal: Proposal) -> str | None:
-        self.runs.setdefault(proposal.key, PlainRun(proposal))
-        return f"{self.sweep_id}/{proposal.key}"
+    def start(
+        self,
+        proposal: Proposal,
+        run_id: str | None = None,
+        *,
+        attempt: int = 1,
+        first: bool = False,
+        at_ms: int | None = None,
+    ) -> str:
+        if run_id not in self.runs:
+            run_id = f"{self.sweep_id}/{proposal.key}"
+        run = self.runs.setdefault(run_id, PlainRun(proposal))
+        run.attempts, run.result = attempt, None
+        return run_id
 
-    def report(self, proposal: Proposal, progress: Progress) -> None:
-        self.runs[proposal.key].reports.append(progress)
+    def report(self, run_id: str, reports: Sequence[Report]) -> None:
+        run = self.runs[run_id]
+        run.reports += [report for report in reports if report not in run.reports]
 
-    def end(self, proposal: Proposal, result: TrialResult, folder: Path) -> None:
-        run = self.runs.setdefault(proposal.key, PlainRun(proposal))
+    def end(
+        self,
+        run_id: str,
+        proposal: Proposal,
+        result: TrialResult,
+        folder: Path,
+        *,
+        at_ms: int | None = None,
+    ) -> None:
+        run = self.runs[run_id]
         run.result = result
         run.files = tuple(
             sorted(str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file())
@@ -174,7 +212,10 @@ class SerialScheduler:
 
     def run(self, conductor: Conductor) -> None:
         while (proposal := conductor.next()) is not None:
-            self._run_one(conductor, proposal)
+            if isinstance(proposal, Later):
+                time.sleep(0.01)
+            else:
+                self._run_one(conductor, proposal)
 
     def _run_one(self, conductor: Conductor, proposal: Proposal) -> None:
         folder = conductor.folder(proposal)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -48,9 +48,12 @@ class Proposer:
     First come the picks that need no sampler (`first`, and every combination of a grid), then what the
     source draws. Each distinct trial is followed by its repeats. A trial that equals an earlier one
     (`TrialSpec.digest`) is never proposed: r=8 with "2*r" and r=8 with 16 are one trial.
+
+    `earlier` is what was proposed before, by another process, in the order of the numbers: it goes on behind
+    that as if it had proposed all of it itself.
     """
 
-    def __init__(self, sweep: Sweep, source: Source | None) -> None:
+    def __init__(self, sweep: Sweep, source: Source | None, earlier: Sequence[Asked] = ()) -> None:
         self._search = sweep.search
         self._sweep = sweep
         self._source = source if self._search.space and self._search.sampler != "grid" else None
@@ -61,6 +64,19 @@ class Proposer:
         self._distinct = 0
         self.ended_because = ""
         self._notes: dict[str, str] = {}
+        self._take_over(earlier)
+
+    def _take_over(self, earlier: Sequence[Asked]) -> None:
+        for asked in earlier:
+            assert asked.proposal.number is not None
+            # Computed anew: a later version may have more fields, which a stored digest does not know.
+            self._numbers[asked.proposal.spec.digest] = asked.proposal.number
+        distinct = [asked for asked in earlier if not asked.proposal.repeat]
+        self._distinct = len(distinct)
+        for asked in distinct:
+            made = asked.proposal
+            resolved = Resolved(made.spec, dict(made.params), dict(made.rules))
+            self._repeats.extend(Asked(repeat, asked.picks) for repeat in self._repeated(resolved))
 
     def next(self) -> Asked | None:
         """The next proposal; None when there is none left, and then `ended_because` says why."""
@@ -141,7 +157,7 @@ class Proposer:
                 yield self._numbered(Resolved(spec, resolved.params, resolved.rules), repeat)
 
     def _numbered(self, resolved: Resolved, repeat: int = 0) -> Proposal:
-        number = len(self._numbers)
+        number = max(self._numbers.values(), default=-1) + 1
         self._numbers[resolved.spec.digest] = number
         # As JSON gives them back, so that what is read equals what was asked.
         params = {

@@ -6,7 +6,7 @@ One file implements each protocol over its library (`study.py` over Optuna, `rec
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -41,7 +41,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """What the study knows of one proposal."""
+    """What the study knows of one proposal. `setbacks` are attempts that were cut or failed and repeated."""
 
     proposal: Proposal
     state: TrialState
@@ -49,11 +49,15 @@ class TrialRecord:
     result: TrialResult | None = None
     value: float | None = None
     mlflow_run_id: str | None = None
+    setbacks: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
 class SweepRecord:
-    """What the study knows of one sweep."""
+    """What the study knows of one sweep.
+
+    `ended`: there is nothing left to propose. `owner` is the process that drives it, or drove it last.
+    """
 
     sweep_id: str
     state: SweepState
@@ -62,6 +66,8 @@ class SweepRecord:
     baselines: Sequence[TrialRecord]
     trials: Sequence[TrialRecord]
     facts: Mapping[str, str]
+    ended: bool = False
+    owner: str = ""
 
 
 @dataclass(frozen=True)
@@ -100,11 +106,14 @@ class Study(Protocol):
     def notes(self) -> Sequence[str]:
         """Choices made for the user so far, each with its reason."""
 
-    def started(self, proposal: Proposal) -> None:
-        """One more attempt at `proposal` began."""
+    def started(self, proposal: Proposal) -> int:
+        """One more attempt at `proposal` began; the number of it, from 1."""
 
     def tracked(self, key: str, mlflow_run_id: str) -> None:
         """The proposal of that key has this run in the tracker; it may have ended since."""
+
+    def setback(self, proposal: Proposal, why: str) -> None:
+        """The attempt at `proposal` came to nothing, and another one will follow."""
 
     def tell(self, proposal: Proposal, result: TrialResult) -> None:
         """The one final state of `proposal`. A second call for the same proposal is an error."""
@@ -123,23 +132,68 @@ class Recorder(Protocol):
     """The tracker: a copy of what the study knows, for people to compare in.
 
     Whatever it cannot reach or write, it raises. Every call may be repeated after one that failed, also by
-    another process: it then finishes what was begun, and makes nothing twice.
+    another process: it then finishes what was begun, and makes nothing twice. `at_ms` is when it happened,
+    milliseconds since 1970, UTC; now, if it is not given.
     """
 
     def open(self) -> None:
         """Open the sweep's parent run, or the one that the sweep has again."""
 
-    def start(self, proposal: Proposal, run_id: str | None = None) -> str:
-        """Open the trial's run, or the one that it has again; its id. `run_id` is what it had, if known."""
+    def start(
+        self,
+        proposal: Proposal,
+        run_id: str | None = None,
+        *,
+        attempt: int = 1,
+        first: bool = False,
+        at_ms: int | None = None,
+    ) -> str:
+        """Open the trial's run, or the one that it has again; its id. `run_id` is what it had, if known.
+
+        `first` says that nobody can have opened one before, which saves looking for it.
+        """
 
     def report(self, run_id: str, reports: Sequence[Report]) -> None:
-        """Record some reports, in one request."""
+        """Record some reports, in as few requests as there can be."""
 
-    def end(self, run_id: str, proposal: Proposal, result: TrialResult, folder: Path) -> None:
-        """Record the final numbers and artifacts, and close the trial's run."""
+    def end(
+        self,
+        run_id: str,
+        proposal: Proposal,
+        result: TrialResult,
+        folder: Path,
+        *,
+        at_ms: int | None = None,
+    ) -> None:
+        """Record the final numbers and artifacts, and close the trial's run. The last result stands."""
 
     def close(self, state: SweepState) -> None:
         """Close the parent run."""
+
+
+@dataclass(frozen=True)
+class History:
+    """What was heard of a trial while it ran. `ended_ms` is None where its end was not heard."""
+
+    started_ms: int | None = None
+    ended_ms: int | None = None
+    reports: Sequence[Report] = ()
+
+
+class Rebuilding(Recorder, Protocol):
+    """A tracker that can be looked into, and made whole from the study and the files."""
+
+    def attach(self) -> None:
+        """As `open`, but the parent run keeps its status."""
+
+    def runs(self) -> Mapping[str, Sequence[str]]:
+        """The runs of the sweep's trials by their keys, the oldest of each first."""
+
+    def complete(self, run_id: str, trial: TrialRecord, history: History, folder: Path) -> bool:
+        """Write what the run lacks of what is known of the trial; whether it lacked anything."""
+
+    def delete(self, run_id: str) -> None:
+        """Take a run away that no trial has."""
 
 
 class Tracking(Protocol):
@@ -154,6 +208,9 @@ class Tracking(Protocol):
 
     def opened(self) -> Sequence[tuple[str, str]]:
         """The key and the run of each trial whose run was opened since the last call."""
+
+    def unended(self) -> Collection[str]:
+        """The keys of the trials of which an earlier driver told the start and not the end."""
 
     def notes(self) -> Sequence[str]:
         """What a person should know, since the last call: that the tracker fails, that it answers again."""

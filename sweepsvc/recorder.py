@@ -12,34 +12,47 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 import sqlite3
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-os.environ.setdefault(
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3"
-)  # a lost server is noticed in 15 s, not in 4 min
+# A server that is down is noticed at once, one that hangs within a minute, not in 4 and in 16 minutes.
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
 
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, Experiment, InputTag, LifecycleStage, Metric, Param, RunTag
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    Experiment,
+    InputTag,
+    LifecycleStage,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+)
 from mlflow.exceptions import MlflowException
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from sweeps.errors import CannotStart
-from sweeps.result import Outcome, Progress, TrialResult
+from sweeps.result import TrialResult
 from sweeps.space import field_value
 from sweeps.spec import FIELDS, DataSpec, TrialSpec
 from sweeps.sweep import Sweep
 from sweeps.trial.paths import TrialFolder
-from sweepsvc.protocols import Proposal, SweepState
+from sweepsvc.protocols import History, Proposal, Report, SweepState, TrialRecord, TrialState
 from sweepsvc.urls import masked, sqlite_file
+
+T = TypeVar("T")
 
 LONGEST_PARAM, LONGEST_TAG, LONGEST_NAME = 6000, 8000, 250
 """Characters that MLflow holds; we cut, as it would, but without its warnings."""
@@ -47,14 +60,23 @@ LONGEST_PARAM, LONGEST_TAG, LONGEST_NAME = 6000, 8000, 250
 BUSY_SECONDS = 60
 """How long one writer waits for another on the same SQLite file."""
 
-_RUN_STATUS: Mapping[Outcome | SweepState, str] = {
+METRICS_IN_A_REQUEST = 1000
+"""As many as MLflow takes."""
+
+_RUN_STATUS: Mapping[TrialState | SweepState, str] = {
     "running": "RUNNING",
+    "waiting": "KILLED",  # it ran, and is to run again
     "completed": "FINISHED",
     "pruned": "FINISHED",
     "failed": "FAILED",
     "interrupted": "KILLED",
 }
 _NOT_IN_A_METRIC = re.compile(r"[^\w/.:\- ]")
+_STUDY_TAGS = ("mlflow.parentRunId", "attempts")  # unlike the commit, which a resumed sweep has several of
+_RESULT_TAGS = ("failure", "mlflow.note.content")
+# The second is for an id that is not of MLflow's form.
+_NO_SUCH_RUN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+TRACEBACK = "traceback.txt"
 
 
 class MlflowRecorder:
@@ -62,6 +84,9 @@ class MlflowRecorder:
 
     `tracking_uri` is an SQLite address, made if it is not there, or a server's. Artifacts go below
     `artifact_root`, or where the server keeps its own. Raises MLflow's errors, but for `open`.
+
+    A run is found again by its tags: a sweep's by `sweep_id` and `role: sweep`, a trial's by `sweep_id` and
+    `trial`. Tags are made in one request with the run, so no crash leaves one that cannot be found.
     """
 
     def __init__(
@@ -72,14 +97,32 @@ class MlflowRecorder:
         self._uri = tracking_uri
         self._artifact_root = artifact_root
         self._facts = {name: masked(fact) for name, fact in facts.items()}
-        self._runs: dict[str, str] = {}
+        self._parent: str | None = None
+        self._is_open = False
 
     def open(self) -> None:
-        """Open the sweep's parent run; `CannotStart` if the store cannot be used."""
-        try:
+        """Open the sweep's parent run, or the one it has again; `CannotStart` if the store cannot be used."""
+        self._reach(self._open)
+
+    def attach(self) -> None:
+        """As `open`, but the sweep's run keeps its status; one that is made now is running until `close`."""
+        self._reach(self._attach)
+
+    def _open(self) -> None:
+        self._attach()
+        if not self._is_open:
+            self._client.update_run(self._parent, status="RUNNING")
+        self._is_open = True
+
+    def _attach(self) -> None:
+        if self._parent is None:
             self._client = _connect(self._uri)
             self._experiment_id = self._experiment()
-            self._parent = self._open_parent()
+            self._parent = self._parent_run()
+
+    def _reach(self, call: Callable[[], T]) -> T:
+        try:
+            return call()
         except (MlflowException, OSError, sqlite3.Error) as error:
             reason = masked(str(error).strip().partition("\n")[0])
             raise CannotStart(
@@ -109,13 +152,10 @@ class MlflowRecorder:
             raise MlflowException(f"no experiment {name} after making it")
         return made
 
-    def _open_parent(self) -> str:
+    def _parent_run(self) -> str:
         search = self._sweep.search
-        run = self._client.create_run(
-            self._experiment_id,
-            run_name=self._sweep_id,
-            tags={**_cut_tags(self._facts), **self._tags()},
-        )
+        found = self._search("tags.role = 'sweep'", at_most=1)
+        run = found[0] if found else self._make_parent()
         params = {
             "file_digest": self._sweep.file_digest,
             "objective.metric": self._sweep.objective.metric,
@@ -125,9 +165,40 @@ class MlflowRecorder:
             "search.repeats": search.repeats,
             "search.seed": search.seed,
         }
-        self._client.log_batch(run.info.run_id, params=_params(params))
-        self._client.log_text(run.info.run_id, self._sweep.text, "sweep.yaml")
+        self._add_params(run, params)
+        if not self._client.list_artifacts(run.info.run_id):
+            self._client.log_text(run.info.run_id, self._sweep.text, "sweep.yaml")
         return str(run.info.run_id)
+
+    def _make_parent(self) -> Run:
+        tags = {**_cut_tags(self._facts), **self._tags(), "role": "sweep"}
+        return self._client.create_run(self._experiment_id, run_name=self._sweep_id, tags=tags)
+
+    def _add_params(self, run: Run, values: Mapping[str, Any]) -> bool:
+        """Record those that the run has not: they are write-once, and a later version may word them anew."""
+        missing = {name: value for name, value in values.items() if name not in run.data.params}
+        if missing:
+            self._client.log_batch(run.info.run_id, params=_params(missing))
+        return bool(missing)
+
+    def _search(self, condition: str = "", at_most: int | None = None) -> list[Run]:
+        """The sweep's runs under `condition`, the oldest first."""
+        ours = f"tags.sweep_id = '{self._sweep_id}'"
+        condition = f"{ours} and {condition}" if condition else ours
+        runs: list[Run] = []
+        token: str | None = None
+        while True:
+            page = self._client.search_runs(
+                [self._experiment_id],
+                condition,
+                max_results=at_most or 1000,
+                order_by=["attributes.start_time ASC"],
+                page_token=token,
+            )
+            runs += page
+            token = page.token
+            if not token or at_most:
+                return runs
 
     def _tags(self) -> dict[str, str]:
         commit = self._facts.get("git_commit", "")
@@ -139,67 +210,221 @@ class MlflowRecorder:
             "mlflow.source.name": Path(self._sweep.source).name,
         }
 
-    def start(self, proposal: Proposal) -> str | None:
-        """Open the trial's run, or the one it has again where this is another attempt."""
-        run_id = self._runs.get(proposal.key)
-        if run_id is not None:
-            self._client.update_run(run_id, status="RUNNING")
-            return run_id
-        run = self._client.create_run(
-            self._experiment_id, run_name=run_name(proposal), tags=self._trial_tags(proposal)
-        )
-        self._runs[proposal.key] = run_id = str(run.info.run_id)
-        self._client.log_batch(run_id, params=_params(trial_params(proposal)))
-        return run_id
+    # --- a trial from its start to its end ----------------------------------------------------------
 
-    def _trial_tags(self, proposal: Proposal) -> dict[str, str]:
-        tags = {**self._tags(), "mlflow.parentRunId": self._parent, "trial": proposal.key}
+    def start(
+        self,
+        proposal: Proposal,
+        run_id: str | None = None,
+        *,
+        attempt: int = 1,
+        first: bool = False,
+        at_ms: int | None = None,
+    ) -> str:
+        """Open the trial's run, or the one it has again; see `protocols.Recorder`."""
+        run = self._run(run_id) if run_id else None
+        if run is None and not first:
+            run = next(iter(self._search(f"tags.trial = '{proposal.key}'", at_most=1)), None)
+        if run is None:
+            run = self._client.create_run(
+                self._experiment_id,
+                start_time=at_ms,
+                run_name=run_name(proposal),
+                tags=self._trial_tags(proposal, attempt),
+            )
+        else:
+            self._reopen(run, attempt)
+        self._add_params(run, trial_params(proposal))
+        return str(run.info.run_id)
+
+    def _run(self, run_id: str) -> Run | None:
+        """None where there is no such run, or it was deleted."""
+        try:
+            run = self._client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code in _NO_SUCH_RUN:
+                return None
+            raise
+        return run if run.info.lifecycle_stage == LifecycleStage.ACTIVE else None
+
+    def _reopen(self, run: Run, attempt: int) -> None:
+        if run.info.status != "RUNNING":
+            self._client.update_run(run.info.run_id, status="RUNNING")
+        if run.data.tags.get("attempts") != str(attempt):
+            self._client.set_tag(run.info.run_id, "attempts", str(attempt))
+
+    def _trial_tags(self, proposal: Proposal, attempt: int) -> dict[str, str]:
+        assert self._parent is not None, "open comes before start"
+        tags = {
+            **self._tags(),
+            "mlflow.parentRunId": self._parent,
+            "trial": proposal.key,
+            "attempts": str(attempt),
+        }
         if proposal.is_baseline:
             tags["baseline"] = "true"
         if proposal.repeat:
             tags["repeat"] = str(proposal.repeat)
         return tags
 
-    def report(self, proposal: Proposal, progress: Progress) -> None:
-        metrics = {
-            "train.loss": progress.train_loss,
-            "eval.loss": progress.eval_loss,
-            "lr": progress.lr,
-            "tokens_per_second": progress.tokens_per_second,
-        }
-        measured = {name: value for name, value in metrics.items() if value is not None}
-        if measured:  # loading and evaluating have nothing to plot
-            self._client.log_batch(self._runs[proposal.key], metrics=_metrics(measured, progress.step))
+    def report(self, run_id: str, reports: Sequence[Report]) -> None:
+        """Record some reports. MLflow keeps one of two that are equal in time, step and value."""
+        metrics = [metric for report in reports for metric in _report_metrics(report)]
+        for begin in range(0, len(metrics), METRICS_IN_A_REQUEST):  # none at all while loading or evaluating
+            self._client.log_batch(run_id, metrics=metrics[begin : begin + METRICS_IN_A_REQUEST])
 
-    def end(self, proposal: Proposal, result: TrialResult, folder: Path) -> None:
-        run_id = self._runs.get(proposal.key) or self.start(proposal)
+    def end(
+        self,
+        run_id: str,
+        proposal: Proposal,
+        result: TrialResult,
+        folder: Path,
+        *,
+        at_ms: int | None = None,
+    ) -> None:
+        """Record the final numbers and artifacts, and close the trial's run, whatever an earlier end said."""
+        run = self._client.get_run(run_id)
+        tags = _result_tags(result)
         try:
             self._client.log_batch(
-                run_id, metrics=_metrics(result.metrics(), result.steps), tags=_result_tags(result)
+                run_id,
+                metrics=self._final_metrics(run, result, at_ms or _now_ms()),
+                tags=[RunTag(name, text) for name, text in tags.items()],
             )
+            for name in _stale_tags(run, tags):
+                self._client.delete_tag(run_id, name)
             self._log_data(run_id, proposal.spec, result)
             self._log_artifacts(run_id, TrialFolder(folder), result)
         finally:
-            self._client.set_terminated(run_id, _RUN_STATUS[result.outcome])
+            self._client.set_terminated(run_id, _RUN_STATUS[result.outcome], end_time=at_ms)
 
-    def _log_data(self, run_id: str | None, spec: TrialSpec, result: TrialResult) -> None:
+    def _final_metrics(self, run: Run, result: TrialResult, at_ms: int) -> list[Metric]:
+        """The result's numbers, but for those that an earlier end has recorded."""
+        held: Mapping[str, float] = run.data.metrics
+        if "wall_seconds" not in held:  # which every result has, and no report: this is the first end
+            return _metrics(result.metrics(), result.steps, at_ms)
+        # MLflow shows the number of the highest step, be it of an attempt that went further and failed.
+        step = max(result.steps, *(self._last_step(run, name) for name in ("wall_seconds", *_LOSSES)))
+        metrics = _metrics(result.metrics(), step, at_ms)
+        return [one for one in metrics if one.key not in held or not _same(held[one.key], one.value)]
+
+    def _last_step(self, run: Run, name: str) -> int:
+        if name not in run.data.metrics:
+            return 0
+        return max(metric.step for metric in self._client.get_metric_history(run.info.run_id, name))
+
+    def _log_data(self, run_id: str, spec: TrialSpec, result: TrialResult) -> None:
         if spec.train is not None and result.data_digest is not None:
             used = DatasetInput(
                 _dataset(spec.data, result.data_digest), [InputTag("mlflow.data.context", "training")]
             )
             self._client.log_inputs(run_id, [used])
 
-    def _log_artifacts(self, run_id: str | None, files: TrialFolder, result: TrialResult) -> None:
+    def _log_artifacts(self, run_id: str, files: TrialFolder, result: TrialResult) -> None:
         for file in (files.spec, files.result, files.evaluation):
             if file.exists():
                 self._client.log_artifact(run_id, str(file))
         if files.adapter.is_dir():
             self._client.log_artifacts(run_id, str(files.adapter), files.adapter.name)
         if result.failure is not None:
-            self._client.log_text(run_id, result.failure.traceback, "traceback.txt")
+            self._client.log_text(run_id, result.failure.traceback, TRACEBACK)
 
     def close(self, state: SweepState) -> None:
-        self._client.set_terminated(self._parent, _RUN_STATUS[state])
+        assert self._parent is not None, "open comes before close"
+        if self._client.get_run(self._parent).info.status != _RUN_STATUS[state]:
+            self._client.set_terminated(self._parent, _RUN_STATUS[state])
+        self._is_open = False
+
+    # --- to compare with the study, and to make whole ------------------------------------------------
+
+    def open_runs(self) -> Mapping[str, str]:
+        """The run of each trial of this sweep that MLflow calls running, by the trial's key.
+
+        `CannotStart` if the store cannot be asked.
+        """
+        running = self._reach(lambda: self._search("attributes.status = 'RUNNING'"))
+        return {run.data.tags["trial"]: str(run.info.run_id) for run in running if "trial" in run.data.tags}
+
+    def terminate(self, run_id: str, state: TrialState) -> None:
+        """Close a run that was left open."""
+        self._client.set_terminated(run_id, _RUN_STATUS[state])
+
+    def runs(self) -> Mapping[str, Sequence[str]]:
+        """The runs of the sweep's trials by their keys, the oldest of each first."""
+        found: dict[str, list[str]] = {}
+        for run in self._search():
+            if "trial" in run.data.tags:
+                found.setdefault(run.data.tags["trial"], []).append(str(run.info.run_id))
+        return found
+
+    def complete(self, run_id: str, trial: TrialRecord, history: History, folder: Path) -> bool:
+        """Write what the run lacks of what is known of the trial; whether it lacked anything."""
+        run = self._client.get_run(run_id)
+        changes = [
+            self._add_params(run, trial_params(trial.proposal)),
+            self._add_tags(run, self._trial_tags(trial.proposal, trial.attempts)),
+            self._add_reports(run, history.reports),
+            self._add_end(run, trial, history, folder),
+        ]
+        return any(changes)
+
+    def _add_tags(self, run: Run, tags: Mapping[str, str]) -> bool:
+        """Record those that the run has not, and correct what the study knows better."""
+        missing = {
+            name: text
+            for name, text in tags.items()
+            if name not in run.data.tags or (name in _STUDY_TAGS and run.data.tags[name] != text)
+        }
+        if missing:
+            wanted = [RunTag(name, text) for name, text in missing.items()]
+            self._client.log_batch(run.info.run_id, tags=wanted)
+        return bool(missing)
+
+    def _add_reports(self, run: Run, reports: Sequence[Report]) -> bool:
+        """Record the reports of which the run has no loss. Rates go with a loss, in the same request."""
+        known = {
+            (name, metric.step)
+            for name in _LOSSES
+            if name in run.data.metrics
+            for metric in self._client.get_metric_history(run.info.run_id, name)
+        }
+        missing = [
+            report
+            for report in reports
+            if any((metric.key, metric.step) not in known for metric in _losses(report))
+        ]
+        self.report(run.info.run_id, missing)
+        return bool(missing)
+
+    def _add_end(self, run: Run, trial: TrialRecord, history: History, folder: Path) -> bool:
+        wrong_status = run.info.status != _status(trial)
+        if trial.result is None:
+            if wrong_status:
+                self._client.set_terminated(run.info.run_id, _status(trial), end_time=history.ended_ms)
+            return wrong_status
+        complete = (
+            _has_numbers(run, trial.result)
+            and _has_tags(run, _result_tags(trial.result))
+            and self._has_artifacts(run.info.run_id, TrialFolder(folder), trial.result)
+        )
+        if wrong_status or not complete:
+            self.end(run.info.run_id, trial.proposal, trial.result, folder, at_ms=history.ended_ms)
+        return wrong_status or not complete
+
+    def _has_artifacts(self, run_id: str, files: TrialFolder, result: TrialResult) -> bool:
+        wanted = {file.name: file for file in (files.spec, files.result, files.evaluation) if file.exists()}
+        held = {entry.path: entry.file_size for entry in self._client.list_artifacts(run_id)}
+        if files.adapter.is_dir():
+            inside = self._client.list_artifacts(run_id, files.adapter.name)
+            held |= {entry.path: entry.file_size for entry in inside}
+            wanted |= {f"{files.adapter.name}/{file.name}": file for file in files.adapter.iterdir()}
+        if result.failure is not None and TRACEBACK not in held:
+            return False
+        return all(held.get(name) == file.stat().st_size for name, file in wanted.items())
+
+    def delete(self, run_id: str) -> None:
+        """Take a run away that no trial has. MLflow keeps it among its deleted ones."""
+        self._client.delete_run(run_id)
 
 
 def ui_command(
@@ -294,12 +519,38 @@ def _text(value: Any) -> str:
     return str(value)
 
 
-def _metrics(values: Mapping[str, float], step: int) -> list[Metric]:
-    now = int(time.time() * 1000)
-    return [Metric(_NOT_IN_A_METRIC.sub("_", name), value, now, step) for name, value in values.items()]
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
-def _result_tags(result: TrialResult) -> list[RunTag]:
+def _metrics(values: Mapping[str, float], step: int, at_ms: int) -> list[Metric]:
+    return [Metric(_metric_name(name), value, at_ms, step) for name, value in values.items()]
+
+
+def _metric_name(name: str) -> str:
+    return _NOT_IN_A_METRIC.sub("_", name)
+
+
+_LOSSES = ("train.loss", "eval.loss")
+
+
+def _report_metrics(report: Report) -> list[Metric]:
+    progress = report.progress
+    named = {
+        "train.loss": progress.train_loss,
+        "eval.loss": progress.eval_loss,
+        "lr": progress.lr,
+        "tokens_per_second": progress.tokens_per_second,
+    }
+    measured = {name: value for name, value in named.items() if value is not None}
+    return _metrics(measured, progress.step, report.at_ms)
+
+
+def _losses(report: Report) -> list[Metric]:
+    return [metric for metric in _report_metrics(report) if metric.key in _LOSSES]
+
+
+def _result_tags(result: TrialResult) -> dict[str, str]:
     """The failure's class, and as the run's description what one should know before comparing it."""
     lines = [f"- {note}" for note in result.notes]
     tags: dict[str, str] = {}
@@ -308,7 +559,35 @@ def _result_tags(result: TrialResult) -> list[RunTag]:
         lines.insert(0, f"**{result.failure.kind}**: {result.failure.message}\n")
     if lines:
         tags["mlflow.note.content"] = "\n".join(lines)
-    return [RunTag(name, text) for name, text in _cut_tags(tags).items()]
+    return _cut_tags(tags)
+
+
+def _stale_tags(run: Run, tags: Mapping[str, str]) -> list[str]:
+    """What an earlier attempt's result said, and this one's does not."""
+    return [name for name in _RESULT_TAGS if name in run.data.tags and name not in tags]
+
+
+def _has_tags(run: Run, tags: Mapping[str, str]) -> bool:
+    return all(run.data.tags.get(name) == tags.get(name) for name in _RESULT_TAGS)
+
+
+def _has_numbers(run: Run, result: TrialResult) -> bool:
+    held: Mapping[str, float] = run.data.metrics
+    wanted = {_metric_name(name): value for name, value in result.metrics().items()}
+    return all(name in held and _same(held[name], value) for name, value in wanted.items())
+
+
+def _same(held: float, value: float) -> bool:
+    """MLflow keeps NaN, and the greatest number for infinity."""
+    if math.isnan(value):
+        return math.isnan(held)
+    greatest = sys.float_info.max
+    return held == min(max(value, -greatest), greatest)
+
+
+def _status(trial: TrialRecord) -> str:
+    """A trial that is running in the study, and has no driver, was cut."""
+    return _RUN_STATUS["interrupted" if trial.state == "running" else trial.state]
 
 
 def _cut_tags(tags: Mapping[str, str]) -> dict[str, str]:

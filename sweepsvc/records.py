@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sweeps.result import TrialResult
@@ -28,9 +28,11 @@ def proposal_entry(proposal: Proposal) -> dict[str, Any]:
     }
 
 
-def started_entry(attempts: int, mlflow_run_id: str | None) -> dict[str, Any]:
-    """Written when an attempt begins, in place of the one before."""
-    return {"attempts": attempts, "mlflow_run_id": mlflow_run_id}
+def started_entry(
+    attempts: int = 0, mlflow_run_id: str | None = None, setbacks: Sequence[str] = ()
+) -> dict[str, Any]:
+    """Written when an attempt begins, when the tracker's run is known, and when another is to follow."""
+    return {"attempts": attempts, "mlflow_run_id": mlflow_run_id, "setbacks": list(setbacks)}
 
 
 def result_entry(result: TrialResult) -> dict[str, Any]:
@@ -39,21 +41,28 @@ def result_entry(result: TrialResult) -> dict[str, Any]:
     return entry
 
 
+def result_of(entry: Entry) -> TrialResult:
+    """The result in `entry`, which has one."""
+    return TrialResult.model_validate_json(json.dumps(entry["result"]))
+
+
 def trial_record(entry: Entry, metric: str) -> TrialRecord:
     """What `entry` says, with the trial's value of the objective's `metric`."""
-    started = entry.get("started", started_entry(0, None))
-    result = TrialResult.model_validate_json(json.dumps(entry["result"])) if "result" in entry else None
+    started = entry.get("started", started_entry())
+    result = result_of(entry) if "result" in entry else None
     return TrialRecord(
-        proposal=_proposal(entry["proposal"]),
+        proposal=proposal_of(entry["proposal"]),
         state=trial_state(entry),
         attempts=started["attempts"],
         result=result,
         value=objective_value(result, metric),
         mlflow_run_id=started["mlflow_run_id"],
+        setbacks=tuple(started["setbacks"]),
     )
 
 
-def _proposal(entry: Entry) -> Proposal:
+def proposal_of(entry: Entry) -> Proposal:
+    """What `proposal_entry` made `entry` of."""
     return Proposal(
         key=entry["key"],
         spec=TrialSpec.model_validate_json(json.dumps(entry["spec"])),

@@ -12,9 +12,11 @@ import logging
 import math
 import os
 import signal
+import time
 import traceback
 from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any, Protocol
 
 import ray
@@ -23,12 +25,14 @@ from ray.tune import Callback, FailureConfig, RunConfig, Trainable, TuneConfig, 
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
-from sweeps.errors import CannotStart, TrialError, failure_class
+from sweeps.errors import CannotStart, Interrupted, TrialError, failure_class
 from sweeps.result import Failure, Progress, TrialResult
 from sweeps.spec import TrialSpec
-from sweeps.sweep import Resources
+from sweeps.sweep import CHECKPOINT_MINUTES, Resources
+from sweeps.trial.causes import disk_full
+from sweeps.trial.keeping import Keeping
 from sweeps.trial.paths import TrialFolder
-from sweepsvc.protocols import Conductor, Proposal
+from sweepsvc.protocols import Conductor, Later, Proposal
 
 REAL_TRIALS = "sweeps.trial.run:TrialRunner"
 
@@ -41,6 +45,7 @@ _ENVIRONMENT = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_THRESHOLD_S": "10",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # stopping gently is the sweep's own business
     # The study is the ledger: Tune's own snapshots are never read, so write hardly any.
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",
 }
@@ -49,20 +54,32 @@ _ENVIRONMENT = {
 class Runner(Protocol):
     """What an actor keeps from trial to trial."""
 
-    def __call__(self, spec: TrialSpec, folder: Path) -> Generator[Progress, None, None]: ...
+    def __call__(
+        self, spec: TrialSpec, folder: Path, keeping: Keeping
+    ) -> Generator[Progress, None, None]: ...
 
 
 class RayScheduler:
     """Runs one trial per GPU (or per set of CPUs), each in an actor that keeps its base model.
 
+    Trials write a checkpoint every `checkpoint_minutes`, and end as interrupted once the file `stop` is
+    there.
     `runner` names, as `module:name`, the class that an actor makes once and calls for every trial.
     """
 
     def __init__(
-        self, resources: Resources, storage: Path, runner: str = REAL_TRIALS, address: str | None = None
+        self,
+        resources: Resources,
+        storage: Path,
+        stop: Path | None = None,
+        checkpoint_minutes: float = CHECKPOINT_MINUTES,
+        runner: str = REAL_TRIALS,
+        address: str | None = None,
     ) -> None:
         self._resources = resources
         self._storage = storage
+        self._stop = stop
+        self._checkpoint_minutes = checkpoint_minutes
         self._runner = runner
         self._address = address
 
@@ -86,7 +103,10 @@ class RayScheduler:
         self._slots()
 
     def run(self, conductor: Conductor) -> None:
-        """Run until the conductor has nothing left; `KeyboardInterrupt` if the person stopped it."""
+        """Run until the conductor has nothing left and every placed proposal has ended.
+
+        Cut off by an exception, such as a `KeyboardInterrupt`, it ends what is running as interrupted.
+        """
         slots = self._slots()
         placed = _Placed(conductor)
         actor = tune.with_resources(TrialActor, tune.PlacementGroupFactory([self._bundle()]))
@@ -96,6 +116,8 @@ class RayScheduler:
                 "runner": self._runner,
                 "threads": self._threads(),
                 "on_cpu": not self._resources.gpus,
+                "checkpoint_minutes": self._checkpoint_minutes,
+                "stop": str(self._stop) if self._stop else "",
             },
             tune_config=TuneConfig(
                 search_alg=_Proposer(placed),
@@ -104,7 +126,7 @@ class RayScheduler:
                 reuse_actors=True,
             ),
             run_config=RunConfig(
-                name="tune",
+                name=f"tune-{time.time_ns()}",  # a resumed sweep is a new run of Tune
                 storage_path=str(self._storage),
                 callbacks=[_Listener(placed)],
                 failure_config=FailureConfig(max_failures=0),
@@ -112,13 +134,10 @@ class RayScheduler:
             ),
         )
         try:
-            with _sigterm_as_sigint():
-                tuner.fit()
-        finally:  # also when the person asks a second time, or the study itself fails
+            tuner.fit()
+        finally:
             with _undisturbed():
-                left = placed.close_open_trials()
-        if left or not placed.exhausted:
-            raise KeyboardInterrupt
+                placed.close_open_trials()
 
     def _bundle(self) -> dict[str, float]:
         wanted = self._resources
@@ -177,18 +196,15 @@ class _Placed:
 
     def __init__(self, conductor: Conductor) -> None:
         self.conductor = conductor
-        self.exhausted = False
         self._open: dict[str, Proposal] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tuner writes a pickle of itself, for a restore that we never do."""
         return {}
 
-    def take(self, trial_id: str) -> Proposal | None:
+    def take(self, trial_id: str) -> Proposal | Later | None:
         proposal = self.conductor.next()
-        if proposal is None:
-            self.exhausted = True
-        else:
+        if isinstance(proposal, Proposal):
             self._open[trial_id] = proposal
         return proposal
 
@@ -202,16 +218,13 @@ class _Placed:
         """Tell the worker's last word, or `otherwise` where it had none."""
         proposal = self._open.pop(trial_id, None)
         if proposal is not None:
-            result = TrialFolder(self.conductor.folder(proposal)).read_result()
-            self.conductor.ended(proposal, result or otherwise)
+            self.conductor.ended(proposal, _last_word(self.conductor.folder(proposal)) or otherwise)
 
-    def close_open_trials(self) -> int:
-        """End what Ray stopped midway as interrupted; how many there were."""
-        left = list(self._open)
+    def close_open_trials(self) -> None:
+        """End what Ray stopped midway as interrupted."""
         with contextlib.ExitStack() as each:  # one that cannot be told does not keep the others from it
-            for trial_id in left:
+            for trial_id in list(self._open):
                 each.callback(self.end, trial_id, TrialResult(outcome="interrupted"))
-        return len(left)
 
 
 class _Proposer(Searcher):
@@ -221,8 +234,10 @@ class _Proposer(Searcher):
         super().__init__()
         self._placed = placed
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         proposal = self._placed.take(trial_id)
+        if isinstance(proposal, Later):
+            return None
         if proposal is None:
             return str(Searcher.FINISHED)
         folder = self._placed.conductor.folder(proposal)
@@ -261,6 +276,12 @@ class _Listener(Callback):
         self._placed.end(trial.trial_id, TrialResult(outcome="failed", failure=lost))
 
 
+def _last_word(folder: Path) -> TrialResult | None:
+    with contextlib.suppress(OSError, ValueError):  # a file that cannot be read says nothing
+        return TrialFolder(folder).read_result()
+    return None
+
+
 def _ray_error(trial: Trial) -> str:
     with contextlib.suppress(OSError, TypeError):
         return Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
@@ -282,7 +303,16 @@ class TrialActor(Trainable):
 
             torch.set_num_threads(config["threads"])
         self._runner = _named(config["runner"])()
+        self._preempted = False
+        signal.signal(signal.SIGTERM, self._hear)  # from whoever takes the node: a notice, then a SIGKILL
         self._begin(config)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._preempted = True
+
+    def _keeping(self, config: dict[str, Any]) -> Keeping:
+        stop = Path(config["stop"]) if config["stop"] else None
+        return Keeping(config["checkpoint_minutes"], lambda: self._preempted or bool(stop and stop.exists()))
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._trial.close()
@@ -291,19 +321,17 @@ class TrialActor(Trainable):
 
     def _begin(self, config: dict[str, Any]) -> None:
         self._folder = Path(config["folder"])
-        self._trial = self._runner(TrialSpec.model_validate_json(config["spec"]), self._folder)
+        spec = TrialSpec.model_validate_json(config["spec"])
+        self._trial = self._runner(spec, self._folder, self._keeping(config))
 
     def step(self) -> dict[str, Any]:
         """One report; the last carries the result, after everything the trial had to do."""
         try:
             progress = next(self._trial, None)
+        except (Interrupted, TrialError, OSError) as error:
+            return self._without_a_file(error)
         except Exception as error:  # a runner writes its failures itself, unless it is broken
-            failure = Failure(
-                kind=failure_class(error),
-                message=f"{type(error).__name__}: {error}",
-                traceback=traceback.format_exc(),
-            )
-            TrialFolder(self._folder).write_result(TrialResult(outcome="failed", failure=failure))
+            TrialFolder(self._folder).write_result(_failed(error))
             raise
         if progress is not None:
             return {"progress": progress.model_dump_json()}
@@ -312,6 +340,15 @@ class TrialActor(Trainable):
         if result.outcome == "failed":
             raise _TrialFailed(result.failure.message if result.failure else "")
         return {"result": result.model_dump_json(), "done": True}
+
+    def _without_a_file(self, error: Exception) -> dict[str, Any]:
+        """The end of a trial that could not write it: no space is left, or another process has the folder."""
+        if isinstance(error, Interrupted):
+            return {"result": TrialResult(outcome="interrupted").model_dump_json(), "done": True}
+        full = disk_full(error, self._folder)
+        if full is None:
+            raise error
+        return {"result": _failed(full).model_dump_json(), "done": True}
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         return {}  # the trial keeps its own
@@ -323,6 +360,13 @@ class TrialActor(Trainable):
         self._trial.close()
 
 
+def _failed(error: Exception) -> TrialResult:
+    kind = failure_class(error)
+    message = f"{type(error).__name__}: {error}" if kind == "bug" else str(error)
+    failure = Failure(kind=kind, message=message, traceback=traceback.format_exc())
+    return TrialResult(outcome="failed", failure=failure)
+
+
 def _named(path: str) -> Callable[[], Any]:
     module, name = path.split(":")
     factory: Callable[[], Any] = getattr(importlib.import_module(module), name)
@@ -332,18 +376,9 @@ def _named(path: str) -> Callable[[], Any]:
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
     """Ctrl-C waits: the states of the last trials are being written."""
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@contextlib.contextmanager
-def _sigterm_as_sigint() -> Iterator[None]:
-    """Tune stops gently on SIGINT alone; a SIGTERM means the same to us."""
-    before = signal.signal(signal.SIGTERM, lambda *_: os.kill(os.getpid(), signal.SIGINT))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

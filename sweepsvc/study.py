@@ -2,9 +2,10 @@
 
 What is where. A sweep is an Optuna study named by its id; the sweep file, its overrides and digest, the
 objective and the facts are attributes of the study, and so is each baseline. A trial is an Optuna trial
-whose attributes are `proposal` (number, spec, params, rules), `started` (attempts, MLflow run) and `result`.
-Its state is read from these, Optuna's own state only informs the sampler. An Optuna trial without a
-`proposal` is no trial of the sweep.
+whose attributes are `proposal` (number, spec, params, rules), `started` (attempts, MLflow run, setbacks) and
+`result`. Its state is read from these, Optuna's own state only informs the sampler. An Optuna trial without a
+`proposal` is no trial of the sweep. Of several with the same number the latest is in force: Optuna never
+changes a trial that has ended, so one that runs again is another row.
 
 What a `kill -9` leaves. Each attribute appears whole, and only the driver writes, in this order:
 
@@ -13,8 +14,9 @@ What a `kill -9` leaves. Each attribute appears whole, and only the driver write
            (a proposal that no sampler drew is one write)
     start  `started`                                            without: waiting, though it may run
     tell   `result`, then Optuna's state and value              `result` stands, the rest is repeated from it
+    reopen a new row with `proposal` and `started`, in one write
 
-So a later driver can finish each half-written step from what is there.
+`reopen_study` finishes each half-written step from what is there.
 """
 
 from __future__ import annotations
@@ -22,11 +24,14 @@ from __future__ import annotations
 import contextlib
 import datetime
 import difflib
+import hashlib
 import logging
 import sqlite3
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import optuna
@@ -34,18 +39,24 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
+from pydantic import ValidationError
+from sqlalchemy.exc import SQLAlchemyError
 
-from sweeps.errors import CannotStart, UnknownSweep
+from sweeps.errors import CannotContinue, CannotStart, UnknownSweep
 from sweeps.result import TrialResult
 from sweeps.space import Choices, Domain, Picks
 from sweeps.sweep import Sweep
+from sweeps.sweepfile import load_sweep_text
+from sweepsvc.home import FORMAT
 from sweepsvc.proposing import Asked, Proposer, baseline_proposals
-from sweepsvc.protocols import Proposal, SweepRecord, SweepState, SweepSummary
+from sweepsvc.protocols import Proposal, SweepRecord, SweepState, SweepSummary, TrialRecord
 from sweepsvc.records import (
     Entry,
     objective_value,
     proposal_entry,
+    proposal_of,
     result_entry,
+    result_of,
     started_entry,
     trial_record,
     trial_state,
@@ -58,6 +69,8 @@ BUSY_SECONDS = 60
 """How long one writer waits for another on the same SQLite file."""
 
 _BASELINE = "baseline:"
+_RUN = "run:"
+"""Before the key of a trial whose run became known when the trial had ended."""
 
 
 # --- opening ----------------------------------------------------------------------------------------
@@ -70,10 +83,13 @@ def open_study(sweep: Sweep, sweep_id: str, url: str, facts: Mapping[str, str]) 
     if the id is taken or the database cannot be used.
     """
     storage = _create_database(url)
-    study = _create_study(sweep, sweep_id, storage)
-    for key, value in _attributes(sweep, facts).items():
-        study.set_user_attr(key, value)
-    return OptunaStudy(sweep, study, storage)
+    try:
+        study = _create_study(sweep, sweep_id, storage)
+        for key, value in _attributes(sweep, facts).items():
+            study.set_user_attr(key, value)
+        return OptunaStudy(sweep, study, storage)
+    except _STORAGE_ERRORS as error:
+        raise _unusable(url, error) from error
 
 
 def scratch_study(sweep: Sweep) -> OptunaStudy:
@@ -83,6 +99,96 @@ def scratch_study(sweep: Sweep) -> OptunaStudy:
     for key, value in _attributes(sweep, {}).items():
         study.set_user_attr(key, value)
     return OptunaStudy(sweep, study, storage)
+
+
+def forget_unlaunched(sweep_id: str, url: str) -> bool:
+    """Delete the study of a launch that was killed before its sweep began; False if the sweep did begin."""
+    storage = _open_database(url, for_writing=True)
+    if storage is None:
+        return True
+    try:
+        named = [study for study in storage.get_all_studies() if study.study_name == sweep_id]
+        if any("launched" in study.user_attrs for study in named):
+            return False
+        for study in named:
+            storage.delete_study(study._study_id)
+        return True
+    finally:
+        _release(storage)
+
+
+@dataclass(frozen=True)
+class Launched:
+    """A sweep as it was launched, or last resumed. `added_trials` have come to its budget since."""
+
+    sweep_id: str
+    sweep: Sweep
+    added_trials: int
+    state: SweepState
+    owner: str
+
+
+def load_launched(sweep_id: str | None, url: str) -> Launched:
+    """The sweep with that id or unique prefix, the newest for None. Raises `UnknownSweep`, `CannotStart`."""
+    with _one(sweep_id, url) as (_, study):
+        attributes = study.user_attrs
+        if "base_dir" not in attributes:
+            raise CannotStart(
+                f"the sweep {study.study_name} was made before sweeps could be resumed; launch it anew"
+            )
+        sweep = load_sweep_text(
+            attributes["sweep_file"],
+            attributes["source"],
+            attributes["overrides"],
+            attributes["base_dir"],
+        )
+        added = attributes.get("added_trials", 0)
+        return Launched(study.study_name, sweep, added, attributes["state"], attributes["owner"])
+
+
+def reopen_study(
+    sweep: Sweep, sweep_id: str, url: str, facts: Mapping[str, str], added_trials: int = 0
+) -> OptunaStudy:
+    """The study of a sweep whose driver is gone, with every half-written step finished (see `repairs`).
+
+    `sweep` is the sweep as launched, or with changes that leave the meaning of its trials: they are kept.
+    """
+    storage = _open_database(url, for_writing=True)
+    assert storage is not None
+    try:
+        study = optuna.load_study(study_name=sweep_id, storage=storage)
+        kept = study.user_attrs
+        same_budget = (kept["sweep_file"], kept.get("added_trials", 0)) == (sweep.text, added_trials)
+        for key, value in {
+            "sweep_file": sweep.text,
+            "overrides": list(sweep.overrides),
+            "file_digest": sweep.file_digest,
+            "added_trials": added_trials,
+            "ended": kept.get("ended", False) and same_budget,
+            "owner": facts["owner"],
+            "state": "running",
+        }.items():
+            if kept.get(key) != value:
+                study.set_user_attr(key, value)
+        return OptunaStudy(sweep.with_more(added_trials), study, storage)
+    except _STORAGE_ERRORS as error:
+        raise _unusable(url, error) from error
+
+
+_STORAGE_ERRORS = (optuna.exceptions.StorageInternalError, SQLAlchemyError, sqlite3.Error, OSError)
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """A ledger that cannot be written ends the sweep: going on would lose results."""
+    try:
+        yield
+    except _STORAGE_ERRORS as error:
+        reason = masked(str(error.__cause__ or error).strip().partition("\n")[0])
+        raise CannotContinue(
+            f"the study must be writable, got {reason}; free the disk, or end whatever holds the "
+            "database, then resume the sweep"
+        ) from error
 
 
 class _QuickConnection(sqlite3.Connection):
@@ -104,18 +210,22 @@ def _create_database(url: str) -> BaseStorage:
         if file is None:
             return RDBStorage(url)
         file.parent.mkdir(parents=True, exist_ok=True)
-        options = {"timeout": BUSY_SECONDS, "factory": _QuickConnection}
-        return RDBStorage(url, engine_kwargs={"connect_args": options})
+        return RDBStorage(url, engine_kwargs={"connect_args": _quick_connection()})
     except Exception as error:  # SQLAlchemy's, a driver's, the file system's: each of them means the same
         raise _unusable(url, error) from error
 
 
-def _open_database(url: str) -> BaseStorage | None:
-    """The database for reading: it is not made, None if it is an SQLite file that is not there."""
+def _quick_connection() -> dict[str, Any]:
+    return {"timeout": BUSY_SECONDS, "factory": _QuickConnection}
+
+
+def _open_database(url: str, for_writing: bool = False) -> BaseStorage | None:
+    """A database that is there: it is not made, None if it is an SQLite file that does not exist."""
     file = sqlite_file(url)
     if file is not None and not file.exists():
         return None
-    options = {"connect_args": {"timeout": BUSY_SECONDS}} if file is not None else {}
+    connection = _quick_connection() if for_writing else {"timeout": BUSY_SECONDS}
+    options = {"connect_args": connection} if file is not None else {}
     try:
         return RDBStorage(url, engine_kwargs=options, skip_table_creation=True)
     except Exception as error:
@@ -143,7 +253,7 @@ def _create_study(sweep: Sweep, sweep_id: str, storage: BaseStorage) -> optuna.S
     direction = "maximize" if sweep.objective.maximize else "minimize"
     try:
         return optuna.create_study(
-            storage=storage, sampler=_sampler(sweep), study_name=sweep_id, direction=direction
+            storage=storage, sampler=RandomSampler(), study_name=sweep_id, direction=direction
         )
     except optuna.exceptions.DuplicatedStudyError:
         raise CannotStart(
@@ -154,13 +264,16 @@ def _create_study(sweep: Sweep, sweep_id: str, storage: BaseStorage) -> optuna.S
 def _attributes(sweep: Sweep, facts: Mapping[str, str]) -> dict[str, Any]:
     """The study's attributes, in the order of writing."""
     return {
+        "format": FORMAT,
         "name": sweep.name,
-        "source": str(sweep.source),
+        "source": str(Path(sweep.source).absolute()),
+        "base_dir": str(sweep.base_dir),
         "sweep_file": sweep.text,
         "overrides": list(sweep.overrides),
         "file_digest": sweep.file_digest,
         "objective": {"metric": sweep.objective.metric, "maximize": sweep.objective.maximize},
         "facts": dict(facts),
+        "owner": facts.get("owner", ""),
         "state": "running",
         "launched": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
     }
@@ -183,26 +296,34 @@ def _startup_trials(sweep: Sweep) -> int:
     return max(4, min(10, (sweep.search.trials or 0) // 3))
 
 
-def _sampler(sweep: Sweep) -> BaseSampler:
-    """Optuna's sampler of that name. A grid is listed by us, its sampler is never asked."""
+def _sampler(sweep: Sweep, draw: int) -> BaseSampler:
+    """Optuna's sampler of that name, for draw number `draw` alone, counted from 0.
+
+    Its random numbers are a function of the seed and that count, so that a resumed sweep goes on drawing
+    where it was cut, and does not draw its first trials again. A grid is listed by us and never drawn.
+    """
     seed = sweep.search.seed % 2**32  # numpy's limit
+    of_draw = int.from_bytes(hashlib.sha256(f"{seed}:{draw}".encode()).digest()[:4])
     startup = _startup_trials(sweep)
     # We say once which fields are drawn independently (`_sampler_notes`); Optuna would for each trial.
-    quiet: dict[str, Any] = {"seed": seed, "warn_independent_sampling": False}
+    quiet: dict[str, Any] = {"warn_independent_sampling": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         match sweep.search.sampler:
             case "tpe":
                 # Each trial has every field, so one joint model fits and groups would add nothing.
-                return TPESampler(seed=seed, n_startup_trials=startup, multivariate=True)
+                return TPESampler(seed=of_draw, n_startup_trials=startup, multivariate=True)
             case "gp":
-                return GPSampler(n_startup_trials=startup, **quiet)
+                return GPSampler(seed=of_draw, n_startup_trials=startup, **quiet)
             case "cmaes":
-                return CmaEsSampler(**quiet)
+                return CmaEsSampler(seed=of_draw, **quiet)
             case "qmc":
-                return QMCSampler(scramble=True, **quiet)  # without scrambling the seed has no effect
+                # One sequence for all draws, whose place is kept in the study; without scrambling the seed
+                # has no effect. What the sequence does not cover is drawn at random.
+                others = RandomSampler(seed=of_draw)
+                return QMCSampler(seed=seed, scramble=True, independent_sampler=others, **quiet)
             case _:
-                return RandomSampler(seed=seed)
+                return RandomSampler(seed=of_draw)
 
 
 def _sampler_notes(sweep: Sweep) -> list[str]:
@@ -217,14 +338,20 @@ def _sampler_notes(sweep: Sweep) -> list[str]:
 
 
 class _OptunaSource:
-    """Draws by `study.ask`."""
+    """Draws by `study.ask`. `draws` is how many draws there were, those of earlier drivers included."""
 
-    def __init__(self, study: optuna.Study, distributions: Mapping[str, Any]) -> None:
+    def __init__(
+        self, sweep: Sweep, study: optuna.Study, distributions: Mapping[str, Any], draws: int
+    ) -> None:
+        self._sweep = sweep
         self._study = study
         self._distributions = dict(distributions)
+        self._draws = draws
         self.drawn: optuna.Trial | None = None
 
     def draw(self) -> Picks:
+        self._study.sampler = _sampler(self._sweep, self._draws)
+        self._draws += 1
         self.drawn = self._study.ask(self._distributions)
         return dict(self.drawn.params)
 
@@ -240,20 +367,21 @@ class _OptunaSource:
 
 
 class OptunaStudy:
-    """The ledger over Optuna; see `protocols.Study`. Made by `open_study`."""
+    """The ledger over Optuna; see `protocols.Study`. Made by `open_study` and `reopen_study`."""
 
     def __init__(self, sweep: Sweep, study: optuna.Study, storage: BaseStorage) -> None:
+        kept = _Kept(study.get_trials(deepcopy=False), study.user_attrs)
         self._sweep = sweep
         self._study = study
         self._storage = storage
         self._study_id = storage.get_study_id_from_name(study.study_name)
         self._distributions = {path: _distribution(domain) for path, domain in sweep.search.space.items()}
-        self._source = _OptunaSource(study, self._distributions)
-        self._proposer = Proposer(sweep, self._source)
-        self._optuna_numbers: dict[str, int] = {}
-        self._baselines: dict[str, Entry] = {}
-        self._attempts: Counter[str] = Counter()
-        self._told: set[str] = set()
+        self._source = _OptunaSource(sweep, study, self._distributions, kept.draws)
+        self._rows = kept.rows
+        self._proposer = Proposer(sweep, self._source, kept.asked())
+        self._baselines = kept.baselines
+        self._has_ended = study.user_attrs.get("ended", False)
+        self.repairs = self._repaired(kept)
 
     @property
     def ended_because(self) -> str:
@@ -268,83 +396,138 @@ class OptunaStudy:
         proposals = baseline_proposals(self._sweep)
         for proposal in proposals:
             if proposal.key not in self._baselines:
-                self._write_baseline(proposal.key, "proposal", proposal_entry(proposal))
+                self._write_baseline(proposal.key, {"proposal": proposal_entry(proposal)})
         return proposals
 
     def ask(self) -> Proposal | None:
-        asked = self._proposer.next()
-        if asked is None:
-            return None
-        self._optuna_numbers[asked.proposal.key] = (
-            self._keep_draw(asked.proposal) if asked.drawn else self._add_trial(asked)
-        )
+        with _writing():
+            asked = self._proposer.next()
+            if asked is None:
+                self._note_the_end()
+                return None
+            entry = {"proposal": {**proposal_entry(asked.proposal), "drawn": asked.drawn}}
+            number = self._keep_draw(entry) if asked.drawn else self._add_row(asked.picks, entry)
+        self._rows[asked.proposal.key] = _Row(number, asked.picks, entry)
         return asked.proposal
 
-    def _keep_draw(self, proposal: Proposal) -> int:
+    def _note_the_end(self) -> None:
+        if not self._has_ended:
+            self._study.set_user_attr("ended", True)
+        self._has_ended = True
+
+    def _keep_draw(self, entry: Entry) -> int:
         """The sampler's draw becomes the trial; its number among Optuna's."""
         drawn = self._source.drawn
         assert drawn is not None
-        drawn.set_user_attr("proposal", proposal_entry(proposal))
+        drawn.set_user_attr("proposal", entry["proposal"])
         return int(drawn.number)
 
-    def _add_trial(self, asked: Asked) -> int:
+    def _add_row(self, picks: Picks, entry: Entry) -> int:
         """A running trial that no sampler drew, whole in one write; its number among Optuna's."""
         trial = create_trial(
             state=TrialState.RUNNING,
-            params=dict(asked.picks),
+            params=dict(picks),
             distributions=self._distributions,
-            user_attrs={"proposal": proposal_entry(asked.proposal)},
+            user_attrs=dict(entry),
         )
         trial_id = self._storage.create_new_trial(self._study_id, template_trial=trial)
         return int(self._storage.get_trial(trial_id).number)
 
-    def started(self, proposal: Proposal, mlflow_run_id: str | None) -> None:
-        self._refuse_unknown(proposal)
-        self._attempts[proposal.key] += 1
-        self._write(proposal, "started", started_entry(self._attempts[proposal.key], mlflow_run_id))
+    def started(self, proposal: Proposal) -> int:
+        before = self._entry(proposal.key).get("started", started_entry())
+        attempt = int(before["attempts"]) + 1
+        self._write(proposal.key, "started", {**before, "attempts": attempt})
+        return attempt
+
+    def tracked(self, key: str, mlflow_run_id: str) -> None:
+        entry = self._entry(key)
+        before = entry.get("started", started_entry())
+        if before["mlflow_run_id"] == mlflow_run_id:
+            return
+        if "result" not in entry:
+            self._write(key, "started", {**before, "mlflow_run_id": mlflow_run_id})
+            return
+        with _writing():  # Optuna changes nothing of a trial that has ended
+            self._study.set_user_attr(_RUN + key, mlflow_run_id)
+
+    def setback(self, proposal: Proposal, why: str) -> None:
+        before = self._entry(proposal.key).get("started", started_entry())
+        self._write(proposal.key, "started", {**before, "setbacks": [*before["setbacks"], why]})
 
     def tell(self, proposal: Proposal, result: TrialResult) -> None:
-        self._refuse_unknown(proposal)
-        if proposal.key in self._told:
+        if "result" in self._entry(proposal.key):
             raise ValueError(
                 f"a trial is told once, got a second result for {proposal.key} ({result.outcome}); drop it"
             )
-        self._write(proposal, "result", result_entry(result))
-        self._told.add(proposal.key)
+        self._write(proposal.key, "result", result_entry(result))
         if not proposal.is_baseline:
-            self._tell_optuna(proposal, result)
+            self._tell_optuna(proposal.key, result)
 
-    def _tell_optuna(self, proposal: Proposal, result: TrialResult) -> None:
+    def _tell_optuna(self, key: str, result: TrialResult) -> None:
         value = objective_value(result, self._sweep.objective.metric)
         state = TrialState.PRUNED if result.outcome == "pruned" else TrialState.FAIL
         if result.outcome == "completed" and value is None:
             log.warning(
                 "trial %s completed without a finite %s: it has no rank, and no sampler learns from it",
-                proposal.key,
+                key,
                 self._sweep.objective.metric,
             )
         if value is not None:
             state = TrialState.COMPLETE
-        self._study.tell(self._optuna_numbers[proposal.key], value, state=state)
+        with _writing():
+            self._study.tell(self._rows[key].number, value, state=state)
 
-    def _refuse_unknown(self, proposal: Proposal) -> None:
-        if proposal.key not in self._optuna_numbers and proposal.key not in self._baselines:
+    def reopen(self, proposal: Proposal) -> None:
+        entry = self._entry(proposal.key)
+        outcome = entry.get("result", {}).get("outcome")
+        if outcome not in ("failed", "interrupted"):
             raise ValueError(
-                f"only what this study proposed can be started or told, got {proposal.key}; ask first"
+                f"only what failed or was interrupted runs again, got {proposal.key} ({outcome}); leave it"
             )
-
-    def _write(self, proposal: Proposal, name: str, entry: Entry) -> None:
+        again = {name: value for name, value in entry.items() if name != "result"}
         if proposal.is_baseline:
-            self._write_baseline(proposal.key, name, entry)
+            self._write_baseline(proposal.key, again)
             return
-        number = self._optuna_numbers[proposal.key]
-        trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, number)
-        self._storage.set_trial_user_attr(trial_id, name, entry)
+        picks = self._rows[proposal.key].picks
+        with _writing():
+            self._rows[proposal.key] = _Row(self._add_row(picks, again), picks, again)
 
-    def _write_baseline(self, key: str, name: str, entry: Entry) -> None:
+    def _entry(self, key: str) -> Entry:
+        if key in self._baselines:
+            return self._baselines[key]
+        if key not in self._rows:
+            raise ValueError(f"only what this study proposed can be started or told, got {key}; ask first")
+        return self._rows[key].entry
+
+    def _write(self, key: str, name: str, value: Any) -> None:
+        if key in self._baselines:
+            self._write_baseline(key, {**self._baselines[key], name: value})
+            return
+        row = self._rows[key]
+        with _writing():
+            trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, row.number)
+            self._storage.set_trial_user_attr(trial_id, name, value)
+        row.entry[name] = value
+
+    def _write_baseline(self, key: str, entry: Mapping[str, Any]) -> None:
         """All of a baseline is one attribute, so it is one write."""
-        self._baselines[key] = {**self._baselines.get(key, {}), name: entry}
-        self._study.set_user_attr(_BASELINE + key, self._baselines[key])
+        with _writing():
+            self._study.set_user_attr(_BASELINE + key, entry)
+        self._baselines[key] = dict(entry)
+
+    def _repaired(self, kept: _Kept) -> list[str]:
+        """Finish what a killed driver left half-written; what was done, for people."""
+        for number in kept.nobodys:
+            self._study.tell(number, state=TrialState.FAIL)
+        for key in kept.half_told:
+            entry = self._rows[key].entry
+            self._tell_optuna(key, result_of(entry))
+        repairs = [
+            f"trial {key}: its result was written and not yet told to the sampler" for key in kept.half_told
+        ]
+        if kept.nobodys:
+            repairs.append(f"{len(kept.nobodys)} rows of the study that stand for no trial were closed")
+        return repairs
 
     def discard(self) -> None:
         """Take the study back: the sweep could not start, so there is nothing to see of it."""
@@ -352,13 +535,55 @@ class OptunaStudy:
         self._storage.remove_session()
 
     def close(self, state: SweepState) -> None:
-        self._study.set_user_attr("state", state)
-        _release(self._storage)
+        with _writing():
+            self._study.set_user_attr("state", state)
+            _release(self._storage)
 
     def read(self) -> SweepRecord:
         return _sweep_record(
             self._study.study_name, self._study.user_attrs, self._study.get_trials(deepcopy=False)
         )
+
+
+@dataclass
+class _Row:
+    """The Optuna trial in force for one of ours: its number among Optuna's, its picks and attributes."""
+
+    number: int
+    picks: Picks
+    entry: dict[str, Any]
+
+
+class _Kept:
+    """What earlier drivers left in a study; nothing, for a new one."""
+
+    def __init__(self, trials: Sequence[FrozenTrial], attributes: Mapping[str, Any]) -> None:
+        self.rows: dict[str, _Row] = {}
+        self.baselines: dict[str, dict[str, Any]] = {
+            key.removeprefix(_BASELINE): dict(value)
+            for key, value in attributes.items()
+            if key.startswith(_BASELINE)
+        }
+        running = {trial.number for trial in trials if not trial.state.is_finished()}
+        rejected = sum(
+            "duplicate_of" in trial.user_attrs or "invalid" in trial.user_attrs for trial in trials
+        )
+        for trial in trials:
+            if "proposal" in trial.user_attrs:
+                key = trial.user_attrs["proposal"]["key"]
+                self.rows[key] = _Row(trial.number, trial.params, dict(trial.user_attrs))
+        in_force = {row.number for row in self.rows.values()}
+        self.nobodys = sorted(running - in_force)
+        self.half_told = [
+            key for key, row in self.rows.items() if row.number in running and "result" in row.entry
+        ]
+        # A draw without either attribute was cut before it came to anything: it is drawn again.
+        self.draws = rejected + sum(row.entry["proposal"]["drawn"] for row in self.rows.values())
+
+    def asked(self) -> list[Asked]:
+        """Every proposal so far, in the order of the numbers."""
+        asked = [Asked(proposal_of(row.entry["proposal"]), row.picks) for row in self.rows.values()]
+        return sorted(asked, key=lambda one: one.proposal.number or 0)
 
 
 # --- reading ----------------------------------------------------------------------------------------
@@ -369,13 +594,26 @@ def load_record(sweep_id: str | None, url: str) -> SweepRecord:
 
     Writes nothing, and does not make a database that is not there. Raises `UnknownSweep`.
     """
+    with _one(sweep_id, url) as (storage, study):
+        return _sweep_record(study.study_name, study.user_attrs, _trials(storage, study.study_name))
+
+
+@contextlib.contextmanager
+def _one(sweep_id: str | None, url: str) -> Iterator[tuple[BaseStorage, Any]]:
+    """The sweep with that id or unique prefix, the newest for None."""
     with _reading(url) as (storage, studies):
         if storage is None or not studies:
             raise UnknownSweep(
                 f"a sweep must have been launched, got none in {masked(url)}; launch one, or give --home"
             )
         study = _chosen(sweep_id, studies)
-        return _sweep_record(study.study_name, study.user_attrs, _trials(storage, study.study_name))
+        form = study.user_attrs.get("format", 0)
+        if form > FORMAT:
+            raise CannotStart(
+                f"a sweep must be of format {FORMAT} or lower, got {form} in {study.study_name}: a later "
+                "version of sweepsvc made it; use that version, or a newer one"
+            )
+        yield storage, study
 
 
 def list_sweeps(url: str) -> list[SweepSummary]:
@@ -395,6 +633,8 @@ def _reading(url: str) -> Iterator[tuple[BaseStorage | None, list[Any]]]:
         studies = [study for study in storage.get_all_studies() if "launched" in study.user_attrs]
         studies.sort(key=lambda study: study.user_attrs["launched"], reverse=True)
         yield storage, studies
+    except _STORAGE_ERRORS as error:
+        raise _unusable(url, error) from error
     finally:
         _release(storage)
 
@@ -441,15 +681,31 @@ def _sweep_record(sweep_id: str, attributes: Mapping[str, Any], trials: Iterable
     objective = attributes["objective"]
     metric = objective["metric"]
     baselines = {key: value for key, value in attributes.items() if key.startswith(_BASELINE)}
-    return SweepRecord(
-        sweep_id=sweep_id,
-        state=attributes["state"],
-        objective_metric=metric,
-        maximize=objective["maximize"],
-        baselines=[trial_record(baselines[key], metric) for key in sorted(baselines, key=_by_length)],
-        trials=[trial_record(entry, metric) for entry in _entries(trials)],
-        facts=attributes["facts"],
-    )
+    runs = {key.removeprefix(_RUN): run for key, run in attributes.items() if key.startswith(_RUN)}
+
+    def record(entry: Entry) -> TrialRecord:
+        made = trial_record(entry, metric)
+        late = runs.get(made.proposal.key)
+        return made if late is None else replace(made, mlflow_run_id=late)
+
+    try:
+        return SweepRecord(
+            sweep_id=sweep_id,
+            state=attributes["state"],
+            objective_metric=metric,
+            maximize=objective["maximize"],
+            baselines=[record(baselines[key]) for key in sorted(baselines, key=_by_length)],
+            trials=[record(entry) for entry in _entries(trials)],
+            facts=attributes["facts"],
+            ended=attributes.get("ended", False),
+            owner=attributes.get("owner", attributes["facts"].get("owner", "")),
+        )
+    except ValidationError as error:
+        made_by = attributes["facts"].get("version.sweepsvc", "another version")
+        raise CannotStart(
+            f"a trial of {sweep_id} has fields that this version does not know, sweepsvc {made_by} made it; "
+            f"use that version ({error.error_count()} fields, the first {error.errors()[0]['loc']})"
+        ) from error
 
 
 def _by_length(key: str) -> tuple[int, str]:
@@ -458,6 +714,10 @@ def _by_length(key: str) -> tuple[int, str]:
 
 
 def _entries(trials: Iterable[FrozenTrial]) -> list[Entry]:
-    """Those that are trials of the sweep, in the order of their proposal."""
-    proposed = [trial.user_attrs for trial in trials if "proposal" in trial.user_attrs]
-    return sorted(proposed, key=lambda entry: entry["proposal"]["number"])
+    """Those that are trials of the sweep, the latest row of each, in the order of their proposal."""
+    latest = {
+        trial.user_attrs["proposal"]["number"]: trial.user_attrs
+        for trial in sorted(trials, key=lambda trial: trial.number)
+        if "proposal" in trial.user_attrs
+    }
+    return [latest[number] for number in sorted(latest)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
@@ -19,6 +20,11 @@ from sweeps.space import field_value
 from sweepsvc.protocols import Proposal, SweepRecord, TrialRecord
 
 
+def terminal() -> Console:
+    """Where results are printed: a pipe or a file gets whole rows, however many columns a table has."""
+    return Console() if sys.stdout.isatty() else Console(width=240)
+
+
 class View(Protocol):
     """Hears of everything that happens in a sweep."""
 
@@ -27,6 +33,9 @@ class View(Protocol):
     def started(self, proposal: Proposal) -> None: ...
 
     def reported(self, proposal: Proposal, progress: Progress) -> None: ...
+
+    def again(self, proposal: Proposal, why: str) -> None:
+        """The attempt came to nothing, another one will follow."""
 
     def ended(self, proposal: Proposal, result: TrialResult) -> None: ...
 
@@ -46,6 +55,9 @@ class LineView:
 
     def reported(self, proposal: Proposal, progress: Progress) -> None:
         self._line(f"{title(proposal)} {progress_text(progress)}")
+
+    def again(self, proposal: Proposal, why: str) -> None:
+        self._line(f"{title(proposal)} {why}")
 
     def ended(self, proposal: Proposal, result: TrialResult) -> None:
         self._line(f"{title(proposal)} {outcome_text(result)}")
@@ -95,10 +107,17 @@ class LiveView:
             report=progress_text(progress),
         )
 
-    def ended(self, proposal: Proposal, result: TrialResult) -> None:
+    def again(self, proposal: Proposal, why: str) -> None:
+        self._remove(proposal)
+        self.note(f"{title(proposal)} {why}")
+
+    def _remove(self, proposal: Proposal) -> None:
         task = self._tasks.pop(proposal.key, None)
         if task is not None:
             self._bars.remove_task(task)
+
+    def ended(self, proposal: Proposal, result: TrialResult) -> None:
+        self._remove(proposal)
         self._done += 1
         self._failed += result.outcome == "failed"
         value = result.metrics().get(self._objective)

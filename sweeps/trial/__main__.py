@@ -1,11 +1,15 @@
 """One trial without the service: `python -m sweeps.trial SPEC.json FOLDER`.
 
-Exit codes: 0 completed, 2 bad input and nothing started, 3 failed, 4 interrupted.
+Run again after it was cut, it goes on from its last checkpoint. SIGTERM or Ctrl-C once: it writes a
+checkpoint and ends; twice: at once.
+
+Exit codes: 0 completed, 2 bad input and nothing started, 3 failed, 4 interrupted (the same command goes on).
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import signal
 import sys
 from pathlib import Path
@@ -13,42 +17,103 @@ from types import FrameType
 
 from pydantic import ValidationError
 
+from sweeps.errors import Interrupted, TrialError
 from sweeps.result import Progress, TrialResult
 from sweeps.spec import TrialSpec
+from sweeps.sweep import CHECKPOINT_MINUTES
+from sweeps.trial.keeping import Keeping
+from sweeps.trial.lock import FolderLock
+from sweeps.trial.paths import TrialFolder
 
 _EXIT = {"completed": 0, "pruned": 0, "failed": 3, "interrupted": 4}
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sweeps.trial", description="Run one trial by itself.")
-    parser.add_argument(
-        "spec", type=Path, help="the trial as JSON; fields left out take the article's values"
-    )
-    parser.add_argument("folder", type=Path, help="where the trial leaves its files")
-    given = parser.parse_args(arguments)
+    given = _parser().parse_args(arguments)
     spec = _read(given.spec)
     if spec is None or not _can_write(given.folder):
         return 2
+    asked = _StopOnSignal()
 
     from sweeps.trial.base import Resident  # seconds of imports, after the input is known to be good
-    from sweeps.trial.paths import TrialFolder
     from sweeps.trial.run import run_trial
 
-    signal.signal(signal.SIGTERM, _interrupt)
-    trial = run_trial(spec, Resident(), given.folder)
+    files = TrialFolder(given.folder)
+    if given.from_scratch and not _forget(files):
+        return 2
+    trial = run_trial(spec, Resident(), given.folder, Keeping(given.checkpoint_minutes, asked))
     try:
         for progress in trial:
             print(_line(progress), flush=True)
+            for note in progress.notes if progress.phase == "loading" else ():
+                print(f"note: {note}", flush=True)
     except KeyboardInterrupt:
         trial.close()
-    result = TrialFolder(given.folder).read_result()
-    assert result is not None
+    except Interrupted:  # another process has the folder, and whatever result is in it
+        return _EXIT["interrupted"]
+    except (TrialError, OSError) as error:  # there is no result of ours
+        print(f"{given.folder}: {error}", file=sys.stderr)
+        return _EXIT["failed"]
+    result = files.read_result()
+    if result is None:
+        return _EXIT["interrupted"]
     print("\n".join(_summary(result)))
     return _EXIT[result.outcome]
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m sweeps.trial",
+        description="Run one trial by itself, or go on with it where it was cut.",
+    )
+    parser.add_argument(
+        "spec", type=Path, help="the trial as JSON; fields left out take the article's values"
+    )
+    parser.add_argument("folder", type=Path, help="where the trial leaves its files")
+    parser.add_argument(
+        "--checkpoint-minutes",
+        type=_minutes,
+        default=CHECKPOINT_MINUTES,
+        metavar="M",
+        help="minutes between two checkpoints, 0 for one after every step (default: %(default)g)",
+    )
+    parser.add_argument(
+        "--from-scratch", action="store_true", help="forget checkpoints and result, and begin anew"
+    )
+    return parser
+
+
+def _minutes(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"0 <= minutes must hold, got {text}")
+    return value
+
+
+class _StopOnSignal:
+    """Says yes once SIGTERM or SIGINT has come; the second one raises KeyboardInterrupt at once."""
+
+    def __init__(self) -> None:
+        self._came = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._hear)
+
+    def __call__(self) -> bool:
+        return self._came
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._came:
+            raise KeyboardInterrupt
+        self._came = True
+
+
+def _forget(files: TrialFolder) -> bool:
+    with FolderLock(files.lock) as lock:
+        if lock.take():
+            files.forget()
+            return True
+        print(f"{files.path}: must not be in use, and {lock.holder} runs in it; end that", file=sys.stderr)
+        return False
 
 
 def _read(path: Path) -> TrialSpec | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -86,6 +87,10 @@ class Adapter:
         """The trainable parameters, in the order of the model; none once detached."""
         return tuple(self._parameters.values())
 
+    def named_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """The same by name; the name that the adapter has on this base is not in it."""
+        return {name.replace(f".{self._name}.", "."): value for name, value in self._parameters.items()}
+
     def enable_gradient_checkpointing(self) -> None:
         """Recompute activations in the backward pass, until the adapter is detached."""
         self._checkpoints = True
@@ -112,6 +117,8 @@ class Adapter:
         with whole_folder(folder) as draft:
             save_file(named, draft / _WEIGHTS_FILE, metadata={"format": "pt"})
             self._config.save_pretrained(draft)
+            # safetensors lets its owner alone read a file; as readable as the other one is
+            shutil.copymode(draft / "adapter_config.json", draft / _WEIGHTS_FILE)
 
     def detach(self) -> None:
         """Take the adapter off: the base has its own modules again, in evaluation mode. Idempotent."""

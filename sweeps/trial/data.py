@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from sweeps.errors import BadData
+from sweeps.errors import BadData, DownloadFailed
 from sweeps.spec import DataSpec
+from sweeps.trial.causes import hub_not_reached
 
 SPLIT_SEED = 42
 """Fixes the held-out rows whatever the trial's seed is, so that all trials and repeats share them."""
@@ -235,6 +236,11 @@ def _read_hub(dataset: str, split: str) -> list[Any]:
     try:
         return list(load_dataset(dataset, split=split))
     except Exception as error:  # the library raises a dozen kinds, all of which mean: no data
+        if hub_not_reached(error):
+            raise DownloadFailed(
+                f"the hub must be reached for the dataset {dataset} (split {split}), and was not; try again "
+                f"later, or name a local file in data.path ({type(error).__name__}: {error})"
+            ) from error
         raise BadData(
             f"the dataset {dataset} (split {split}) must load from the hub or its cache: "
             f"{type(error).__name__}: {error}; a local file goes into data.path"

@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,9 +28,11 @@ from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from sweeps.errors import EvaluationFailed, TrialError
+from sweeps.errors import DownloadFailed, EvaluationFailed, Interrupted, TrialError
 from sweeps.result import Score
 from sweeps.spec import EvaluateSpec
+from sweeps.trial.causes import hub_not_reached
+from sweeps.trial.keeping import never
 from sweeps.trial.rng import TrialRng
 from sweeps.trial.rows import fewshot_count, take_local_rows
 from sweeps.trial.tasks import index_roots, task_names
@@ -69,16 +71,19 @@ class Evaluation:
         return json.dumps({"scores": scores, **self.report}, allow_nan=False) + "\n"
 
 
-def evaluate(model: torch.nn.Module, tokenizer: Any, spec: EvaluateSpec) -> Evaluation:
+def evaluate(
+    model: torch.nn.Module, tokenizer: Any, spec: EvaluateSpec, should_stop: Callable[[], bool] = never
+) -> Evaluation:
     """Score a causal language model on every benchmark of `spec`.
 
     The model may carry an adapter and 4-bit weights; it is moved nowhere, and neither it, the tokenizer nor
     the random numbers of the process are changed. Raises `BadData` where a file of rows is missing or
-    malformed, and `EvaluationFailed` for whatever else a benchmark raises.
+    malformed, `DownloadFailed` where the hub was not reached, `EvaluationFailed` for whatever else a
+    benchmark raises, and `Interrupted` once `should_stop`, asked before each batch, says yes.
     """
     needs = "a causal language model and a tokenizer of transformers are needed"
     with _quiet(), _failing_as("lm-eval must take the model", needs):  # its warnings of this are not kept
-        lm = make_lm(model, tokenizer, spec.batch_size)
+        lm = make_lm(model, tokenizer, spec.batch_size, should_stop)
     with _quiet() as warnings, TrialRng(_SEED, lm.device).active(), _evaluating(model), torch.no_grad():
         random.seed(_PYTHON_SEED)
         loaded = {name: _load(name, spec) for name in spec.tasks}  # all, before the first is scored
@@ -102,10 +107,13 @@ def check(spec: EvaluateSpec) -> None:
             _load(name, spec)
 
 
-def make_lm(model: torch.nn.Module, tokenizer: Any, batch_size: int) -> HFLM:
+def make_lm(
+    model: torch.nn.Module, tokenizer: Any, batch_size: int, should_stop: Callable[[], bool] = never
+) -> HFLM:
     """The model as lm-eval sees it. Another model class would be put in here."""
     # A copy of the tokenizer, which may get a pad token and has its padding and truncation set.
-    return HFLM(pretrained=_LiveModel(model), tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    live = _LiveModel(model, should_stop)
+    return HFLM(pretrained=live, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
 
 
 class _LiveModel:
@@ -115,14 +123,23 @@ class _LiveModel:
     and fails where the head carries an adapter. Nor does scoring need the cache of keys and values.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, should_stop: Callable[[], bool]) -> None:
         self._model = model
+        self._should_stop = should_stop
         self.config = model.config
         self.device = next(model.parameters()).device
-        self.generate = model.generate
 
     def __call__(self, ids: torch.Tensor) -> Any:
+        self._stop_if_asked()
         return self._model(input_ids=ids, use_cache=False)
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        self._stop_if_asked()
+        return self._model.generate(*args, **kwargs)
+
+    def _stop_if_asked(self) -> None:
+        if self._should_stop():
+            raise Interrupted("asked to stop while a benchmark was scored")
 
 
 @contextlib.contextmanager
@@ -130,9 +147,11 @@ def _failing_as(law: str, remedy: str) -> Iterator[None]:
     """Whatever the libraries raise inside the block becomes our error; they raise dozens of kinds."""
     try:
         yield
-    except TrialError:
+    except (TrialError, Interrupted):
         raise
     except Exception as error:
+        if hub_not_reached(error):
+            raise DownloadFailed(f"{law}, and the hub was not reached: {_reason(error)}; {remedy}") from error
         raise EvaluationFailed(f"{law}: {_reason(error)}; {remedy}") from error
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
@@ -13,12 +14,14 @@ from sweeps.errors import Diverged, OutOfMemory
 from sweeps.result import Progress
 from sweeps.spec import OptimizerSpec, TrialSpec
 from sweeps.trial import batches
+from sweeps.trial.base import optimizer_state, restore_optimizer
 from sweeps.trial.batches import IGNORED, MicroBatch
 from sweeps.trial.data import TokenData, TokenRow
 from sweeps.trial.measure import Stopwatch
 from sweeps.trial.rng import TrialRng
 
 OptimizerFactory = Callable[[Sequence[torch.nn.Parameter], OptimizerSpec], torch.optim.Optimizer]
+State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
 @dataclass
@@ -30,11 +33,98 @@ class Trained:
     train_loss: float | None = None
     eval_loss: float | None = None
     token_budget: int = 0
+    seconds_before: float = 0.0
     watch: Stopwatch = field(default_factory=Stopwatch)
 
     @property
+    def seconds(self) -> float:
+        """Of this attempt and of those before it, as far as its checkpoint knows them; `tokens` likewise."""
+        return self.seconds_before + self.watch.seconds
+
+    @property
     def tokens_per_second(self) -> float | None:
-        return self.tokens / self.watch.seconds if self.tokens else None
+        return self.tokens / self.seconds if self.tokens else None
+
+
+class Training:
+    """Everything that changes while a trial trains: what it takes to go on after a step as if never cut.
+
+    The learning rate and the rows of a step are functions of its number, so there is no more to it.
+    `parameters` are what is trained, by names that are the same in every attempt.
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, torch.nn.Parameter],
+        spec: TrialSpec,
+        rng: TrialRng,
+        make_optimizer: OptimizerFactory,
+        trained: Trained,
+    ) -> None:
+        assert spec.train is not None
+        self.named = parameters
+        self.parameters = tuple(parameters.values())
+        self.steps = spec.steps
+        self.optimizer = make_optimizer(self.parameters, spec.optimizer)
+        self.rng = rng
+        self.trained = trained
+        self.judge = _Divergence(spec.train.diverged_above, spec.train.diverged_steps)
+        self.unread: list[torch.Tensor] = []  # the losses of the steps since the last report, on the device
+
+    @property
+    def is_done(self) -> bool:
+        return self.trained.step == self.steps
+
+    def state(self) -> State:
+        """Tensors (not copies) and JSON values; of the optimiser nothing once its work is done."""
+        tensors = {f"adapter.{name}": parameter.data for name, parameter in self.named.items()}
+        memory, values = ({}, {}) if self.is_done else optimizer_state(self.optimizer, self.named)
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in memory.items()}
+        random_tensors, random_values = self.rng.state()
+        tensors |= {f"rng.{name}": tensor for name, tensor in random_tensors.items()}
+        if self.unread:
+            tensors["unread"] = torch.stack(self.unread)
+        trained = self.trained
+        return tensors, {
+            "step": trained.step,
+            "tokens": trained.tokens,
+            "train_loss": trained.train_loss,
+            "eval_loss": trained.eval_loss,
+            "token_budget": trained.token_budget,
+            "seconds": trained.seconds,
+            "judge": self.judge.state(),
+            "rng": random_values,
+            "optimizer": values,
+        }
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+        """Be what `state` was taken of."""
+        with torch.no_grad():
+            for name, tensor in _under("adapter.", tensors).items():
+                self.named[name].copy_(tensor)
+        restore_optimizer(self.optimizer, self.named, (_under("optimizer.", tensors), values["optimizer"]))
+        self.rng.restore(_under("rng.", tensors), values["rng"])
+        self.judge.restore(values["judge"])
+        if "unread" in tensors:
+            self.unread = list(tensors["unread"].to(self.parameters[0].device).unbind())
+        trained = self.trained
+        trained.step, trained.tokens = values["step"], values["tokens"]
+        trained.train_loss, trained.eval_loss = values["train_loss"], values["eval_loss"]
+        trained.token_budget, trained.seconds_before = values["token_budget"], values["seconds"]
+
+
+def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+class Keeps(Protocol):
+    """Keeps a training, so that it can be taken up again."""
+
+    def after_step(self, training: Training) -> None:
+        """A step is done, and whoever reads the reports has heard of it. May raise `Interrupted`."""
+
+    def now(self, training: Training) -> None:
+        """The training ends here, before its time."""
 
 
 def learning_rate(step: int, spec: TrialSpec) -> float:
@@ -62,32 +152,25 @@ def row_losses(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
 
 
 def finetune(
-    model: torch.nn.Module,
-    parameters: Sequence[torch.nn.Parameter],
-    data: TokenData,
-    spec: TrialSpec,
-    rng: TrialRng,
-    make_optimizer: OptimizerFactory,
-    trained: Trained,
-) -> Iterator[Progress]:
-    """Train `parameters` in place and report every `train.log_every` steps.
+    model: torch.nn.Module, training: Training, data: TokenData, spec: TrialSpec, keeper: Keeps
+) -> Generator[Progress, None, None]:
+    """Train in place, from wherever `training` stands, and report every `train.log_every` steps.
 
     `trained.token_budget` is the most tokens in a micro-batch; a step that runs out of memory is redone
-    under half of it. Raises `Diverged`, and `OutOfMemory` when one row alone does not fit.
+    under half of it. Raises `Diverged`, `OutOfMemory` when one row alone does not fit, and `Interrupted`
+    where the keeper does.
     """
     assert spec.train is not None
-    train, device = spec.train, parameters[0].device
+    train, trained, parameters = spec.train, training.trained, training.parameters
+    optimizer, judge, unread = training.optimizer, training.judge, training.unread
     order = batches.row_order(len(data.train), train, spec.steps)
-    optimizer = make_optimizer(parameters, spec.optimizer)
-    judge = _Divergence(train.diverged_above, train.diverged_steps)
-    unread: list[torch.Tensor] = []  # the losses of the steps since the last report, still on the device
 
     model.train()
     trained.watch.start()
-    for step, picks in enumerate(order):
+    for step, picks in enumerate(order[trained.step :], start=trained.step):
         # forward and backward
         rows = [data.train[pick] for pick in picks]
-        unread.append(_accumulate(model, parameters, rows, rng, device, trained))
+        unread.append(_accumulate(model, parameters, rows, training.rng, trained))
 
         # update
         lr = learning_rate(step, spec)
@@ -101,34 +184,42 @@ def finetune(
         trained.tokens += sum(len(row) for row in rows)
 
         # report
-        is_last = trained.step == spec.steps
+        is_last = training.is_done
         measures_eval = is_last or (train.eval_every and trained.step % train.eval_every == 0)
-        if not (is_last or measures_eval or trained.step % train.log_every == 0):
-            continue
-        losses = torch.stack(unread).tolist()  # the one synchronisation with the device
-        judge.judge(trained.step - len(losses), losses)
-        trained.train_loss = sum(losses) / len(losses)
-        unread.clear()
-        if measures_eval and data.held_out:
-            trained.eval_loss = held_out_loss(model, data.held_out[: train.eval_rows], trained.token_budget)
-            if not math.isfinite(trained.eval_loss):
-                raise Diverged(
-                    f"the held-out loss must stay finite, got {trained.eval_loss} at step {trained.step}; "
-                    "lower optimizer.lr"
+        if is_last or measures_eval or trained.step % train.log_every == 0:
+            losses = torch.stack(unread).tolist()  # the one synchronisation with the device
+            judge.judge(trained.step - len(losses), losses)
+            trained.train_loss = sum(losses) / len(losses)
+            unread.clear()
+            if measures_eval and data.held_out:
+                loss = held_out_loss(model, data.held_out[: train.eval_rows], trained.token_budget)
+                trained.eval_loss = _finite(loss, trained.step)
+            trained.watch.pause()
+            try:
+                yield Progress(
+                    phase="training",
+                    step=trained.step,
+                    steps=spec.steps,
+                    train_loss=trained.train_loss,
+                    eval_loss=trained.eval_loss if measures_eval else None,
+                    lr=lr,
+                    tokens_per_second=trained.tokens_per_second,
+                    seconds_left=trained.seconds / trained.step * (spec.steps - trained.step),
                 )
-        trained.watch.pause()
-        yield Progress(
-            phase="training",
-            step=trained.step,
-            steps=spec.steps,
-            train_loss=trained.train_loss,
-            eval_loss=trained.eval_loss if measures_eval else None,
-            lr=lr,
-            tokens_per_second=trained.tokens_per_second,
-            seconds_left=trained.watch.seconds / trained.step * (spec.steps - trained.step),
-        )
-        trained.watch.start()
+            except GeneratorExit:
+                keeper.now(training)
+                raise
+            trained.watch.start()
+
+        # keep: after the report, so that whoever reads reports has heard of all that is in a checkpoint
+        keeper.after_step(training)
     trained.watch.pause()
+
+
+def _finite(loss: float, step: int) -> float:
+    if not math.isfinite(loss):
+        raise Diverged(f"the held-out loss must stay finite, got {loss} at step {step}; lower optimizer.lr")
+    return loss
 
 
 def held_out_loss(model: torch.nn.Module, rows: Sequence[TokenRow], token_budget: int) -> float:
@@ -150,10 +241,10 @@ def _accumulate(
     parameters: Sequence[torch.nn.Parameter],
     rows: Sequence[TokenRow],
     rng: TrialRng,
-    device: torch.device,
     trained: Trained,
 ) -> torch.Tensor:
     """Add the gradient of the rows' mean loss to the parameters; the loss as a scalar on the device."""
+    device = parameters[0].device
     while True:
         try:
             with rng.active():
@@ -195,6 +286,13 @@ class _Divergence:
         self._patience = patience
         self._start: float | None = None
         self._steps_above = 0
+
+    def state(self) -> dict[str, Any]:
+        """As JSON keeps it."""
+        return {"start": self._start, "steps_above": self._steps_above}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        self._start, self._steps_above = state["start"], state["steps_above"]
 
     def judge(self, step: int, losses: Sequence[float]) -> None:
         """`losses` of the steps that followed `step` updates."""

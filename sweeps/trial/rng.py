@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -67,3 +67,23 @@ class TrialRng:
             self._streams = _now(self._device)
         finally:
             _restore(outside, self._device)
+
+    def state(self) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """The generators as tensors and as values that JSON keeps."""
+        version, numbers, gauss = self._streams.python
+        kind, keys, *rest = self._streams.numpy
+        tensors = {"torch": self._streams.torch, "numpy": torch.from_numpy(keys.astype(np.int64))}
+        if self._streams.cuda is not None:
+            tensors["cuda"] = self._streams.cuda
+        return tensors, {"python": [version, list(numbers), gauss], "numpy": [kind, *rest]}
+
+    def restore(self, tensors: Mapping[str, torch.Tensor], values: Mapping[str, Any]) -> None:
+        """Put back what `state` gave, of a trial on the same kind of device."""
+        version, numbers, gauss = values["python"]
+        kind, *rest = values["numpy"]
+        self._streams = _Streams(
+            (version, tuple(numbers), gauss),
+            (kind, tensors["numpy"].numpy().astype(np.uint32), *rest),
+            tensors["torch"],
+            tensors.get("cuda"),
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -10,30 +11,40 @@ import traceback
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from sweeps.errors import EvaluationFailed, OutOfMemory, failure_class
+from sweeps.errors import BadData, EvaluationFailed, Interrupted, OutOfMemory, failure_class
 from sweeps.result import Failure, Measured, Outcome, Progress, Score, TrialResult
-from sweeps.spec import TrialSpec
+from sweeps.spec import TrainSpec, TrialSpec
 from sweeps.trial import data as instructions
 from sweeps.trial.adapter import Adapter, attach
 from sweeps.trial.base import Base, Resident, make_optimizer
 from sweeps.trial.budget import token_budget
+from sweeps.trial.causes import disk_full
+from sweeps.trial.checkpoint import Checkpoint, Checkpoints, Keeper
 from sweeps.trial.evaluate import check, evaluate
-from sweeps.trial.finetune import Trained, finetune
+from sweeps.trial.finetune import Trained, Training, finetune
+from sweeps.trial.keeping import Keeping
+from sweeps.trial.lock import WAIT_SECONDS, FolderLock
 from sweeps.trial.measure import MemoryMeter, Stopwatch
-from sweeps.trial.paths import TrialFolder, write_whole
+from sweeps.trial.paths import TrialFolder, remove, write_whole
 from sweeps.trial.rng import TrialRng
 
+_DEFAULT_KEEPING = Keeping()
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "lm_eval")
 
 
 @dataclass
 class _Account:
-    """What is known of a trial so far, whatever happens to it next."""
+    """What is known of a trial so far, whatever happens to it next.
+
+    `earlier` is what the attempts before this one measured, as far as their last checkpoint knows it.
+    """
 
     started: float = field(default_factory=time.perf_counter)
+    earlier: Measured = field(default_factory=Measured)
     meter: MemoryMeter | None = None
     load: Stopwatch = field(default_factory=Stopwatch)
     evaluation: Stopwatch = field(default_factory=Stopwatch)
@@ -45,6 +56,8 @@ class _Account:
     data_digest: str | None = None
 
     def result(self, outcome: Outcome, failure: Failure | None = None) -> TrialResult:
+        for watch in (self.load, self.evaluation, self.trained.watch):
+            watch.pause()
         return TrialResult(
             outcome=outcome,
             scores=self.scores,
@@ -52,58 +65,122 @@ class _Account:
             eval_loss=self.trained.eval_loss,
             steps=self.trained.step,
             trainable_params=self.trainable_params,
-            measured=self._measured(),
+            measured=self.measured(),
             failure=failure,
             notes=tuple(self.notes),
             environment=_environment(self.device),
             data_digest=self.data_digest,
         )
 
-    def _measured(self) -> Measured:
-        for watch in (self.load, self.evaluation, self.trained.watch):
-            watch.pause()
-        meter = self.meter
+    def measured(self) -> Measured:
+        meter, earlier = self.meter, self.earlier
         return Measured(
-            peak_memory_gb=meter.peak_gb if meter else None,
-            peak_accelerator_allocated_gb=meter.allocated_gb if meter else None,
-            peak_accelerator_reserved_gb=meter.reserved_gb if meter else None,
-            peak_host_gb=meter.host_gb if meter else None,
-            wall_seconds=time.perf_counter() - self.started,
-            load_seconds=self.load.seconds,
-            train_seconds=self.trained.watch.seconds,
-            eval_seconds=self.evaluation.seconds,
+            peak_memory_gb=_higher(earlier.peak_memory_gb, meter.peak_gb if meter else None),
+            peak_accelerator_allocated_gb=_higher(
+                earlier.peak_accelerator_allocated_gb, meter.allocated_gb if meter else None
+            ),
+            peak_accelerator_reserved_gb=_higher(
+                earlier.peak_accelerator_reserved_gb, meter.reserved_gb if meter else None
+            ),
+            peak_host_gb=_higher(earlier.peak_host_gb, meter.host_gb if meter else None),
+            wall_seconds=earlier.wall_seconds + time.perf_counter() - self.started,
+            load_seconds=earlier.load_seconds + self.load.seconds,
+            train_seconds=self.trained.seconds,
+            eval_seconds=earlier.eval_seconds + self.evaluation.seconds,
             trained_tokens=self.trained.tokens,
             tokens_per_second=self.trained.tokens_per_second,
         )
 
+    def for_checkpoint(self, first_budget: int, announced: str) -> dict[str, Any]:
+        """What the next attempt must know beside the training's own state."""
+        return {
+            "first_budget": first_budget,
+            "announced": announced,
+            "data_digest": self.data_digest,
+            "measured": self.measured().model_dump(mode="json"),
+            "notes": list(self.notes),
+        }
 
-def run_trial(spec: TrialSpec, resident: Resident, folder: Path | str) -> Generator[Progress, None, None]:
+    def go_on_from(self, checkpoint: Checkpoint) -> None:
+        """Add what the attempts before this one took and said. Raises `BadData` if they had other data."""
+        if checkpoint.values["data_digest"] != self.data_digest:
+            raise BadData(
+                "a trial goes on with the rows that it began with, got digest "
+                f"{self.data_digest} where its checkpoint has {checkpoint.values['data_digest']}; put the "
+                "data back, or `resume --from-scratch`"
+            )
+        self.earlier = Measured.model_validate(checkpoint.values["measured"])
+        self.notes += [note for note in checkpoint.values["notes"] if note not in self.notes]
+
+
+def _higher(one: float | None, other: float | None) -> float | None:
+    return max((value for value in (one, other) if value is not None), default=None)
+
+
+def run_trial(
+    spec: TrialSpec, resident: Resident, folder: Path | str, keeping: Keeping = _DEFAULT_KEEPING
+) -> Generator[Progress, None, None]:
     """Run one trial on the resident base, reporting as it goes; always leaves `result.json`.
 
+    A trial that has completed in `folder` is not run again: nothing is reported, its result stays. One that
+    was cut goes on from its last checkpoint.
+
     An exception is a result: it is classified and written, not raised. A caller that closes the iterator
-    early leaves a trial that is `interrupted`. The base is left as it was, without any adapter.
+    early leaves a trial that is `interrupted`, as `keeping.should_stop` does. The base is left as it was,
+    without any adapter.
+
+    Raised is only what leaves no result of ours to write: `OSError` where that itself cannot be written; and,
+    where another process runs in the folder, `TrialError` if it does not end in time, `Interrupted` if we are
+    asked to stop before.
     """
     files = TrialFolder(folder)
-    files.result.unlink(missing_ok=True)
-    files.write_spec(spec)
+    lock = FolderLock(files.lock)
+    if not lock.take():
+        waits = f"waits up to {WAIT_SECONDS:g} s for {lock.holder}, which runs in {files.path}"
+        yield Progress(phase="loading", notes=(waits,))
+        lock.wait(keeping.should_stop)
+    with lock:
+        if files.is_final(spec):
+            _drop_checkpoints(files)  # of a process that was killed before it could
+            return
+        yield from _attempt(spec, resident, files, keeping)
+
+
+def _attempt(
+    spec: TrialSpec, resident: Resident, files: TrialFolder, keeping: Keeping
+) -> Generator[Progress, None, None]:
     account = _Account()
-    outcome: Outcome = "interrupted"  # where the iterator is closed, or the process is asked to stop
+    outcome: Outcome = "interrupted"  # where the iterator is closed, or the process is told to end at once
     failure = None
     try:
-        yield from _run(spec, resident, files, account)
+        files.begin(spec)
+        yield from _run(spec, resident, files, account, keeping)
         outcome = "completed"
+    except Interrupted:
+        pass
     except Exception as error:
         outcome = "failed"
-        failure = Failure(
-            kind=failure_class(_as_ours(error)), message=_message(error), traceback=traceback.format_exc()
-        )
+        ours = _as_ours(error, files)
+        failure = Failure(kind=failure_class(ours), message=_message(ours), traceback=traceback.format_exc())
     finally:
-        files.write_result(account.result(outcome, failure))
-        if account.meter is not None:
-            account.meter.close()
+        try:
+            files.write_result(account.result(outcome, failure))
+        finally:
+            if account.meter is not None:
+                account.meter.close()
+    if outcome == "completed":
+        _drop_checkpoints(files)
 
 
-def _run(spec: TrialSpec, resident: Resident, files: TrialFolder, account: _Account) -> Iterator[Progress]:
+def _drop_checkpoints(files: TrialFolder) -> None:
+    """Of a trial that has completed, which it has whether they can be removed or not."""
+    with contextlib.suppress(OSError):
+        remove(files.checkpoints)
+
+
+def _run(
+    spec: TrialSpec, resident: Resident, files: TrialFolder, account: _Account, keeping: Keeping
+) -> Iterator[Progress]:
     yield Progress(phase="loading")
     account.load.start()
     base = resident.get(spec.model)
@@ -111,8 +188,9 @@ def _run(spec: TrialSpec, resident: Resident, files: TrialFolder, account: _Acco
     account.meter = MemoryMeter(base.device)
     account.device = base.device_name
     account.notes += base.notes
+    _stop_if_asked(keeping)
     if spec.train is None:
-        yield from _evaluate(spec, base, base.model, files, account)
+        yield from _evaluate(spec, base, base.model, files, account, keeping)
         return
 
     account.load.start()
@@ -127,47 +205,92 @@ def _run(spec: TrialSpec, resident: Resident, files: TrialFolder, account: _Acco
         account.load.pause()
         account.trainable_params = adapter.trainable_params
         account.notes += adapter.notes
-        yield from _train(spec, base, adapter, rows, account)
+        yield from _train(spec, base, adapter, rows, files, account, keeping)
         yield Progress(phase="saving", step=spec.steps, steps=spec.steps)
         adapter.save(files.adapter)
-        yield from _evaluate(spec, base, adapter.model, files, account)
+        yield from _evaluate(spec, base, adapter.model, files, account, keeping)
 
 
 def _train(
-    spec: TrialSpec, base: Base, adapter: Adapter, rows: instructions.TokenData, account: _Account
+    spec: TrialSpec,
+    base: Base,
+    adapter: Adapter,
+    rows: instructions.TokenData,
+    files: TrialFolder,
+    account: _Account,
+    keeping: Keeping,
 ) -> Iterator[Progress]:
     assert spec.train is not None
     if spec.train.gradient_checkpointing:
         adapter.enable_gradient_checkpointing()
-    budget, announced = token_budget(spec.train, base.model.config, base.dtype, base.device)
-    account.trained.token_budget = budget
-    account.notes.append(announced)
+    trained, notes = account.trained, account.notes
     rng = TrialRng(spec.train.seed, base.device)
-    yield Progress(phase="training", steps=spec.steps, notes=tuple(account.notes))
-    for progress in finetune(
-        adapter.model, adapter.parameters(), rows, spec, rng, make_optimizer, account.trained
-    ):
-        assert account.meter is not None
-        yield progress.model_copy(update={"peak_memory_gb": account.meter.peak_gb})
-    if account.trained.token_budget < budget:
-        account.notes.append(f"token budget {account.trained.token_budget}: halved when memory ran out")
+    training = Training(adapter.named_parameters(), spec, rng, make_optimizer, trained)
+    checkpoints = Checkpoints(files.checkpoints, spec.digest, base.device.type)
+    budget, announced = _begin_or_resume(spec.train, base, training, checkpoints, account)
+    keeper = Keeper(
+        checkpoints, keeping, lambda: account.for_checkpoint(budget, announced), notes, trained.step
+    )
+
+    yield Progress(phase="training", step=trained.step, steps=spec.steps, notes=tuple(notes))
+    _stop_if_asked(keeping)
+    said = len(notes)
+    # Closed with us, and not whenever its memory is taken back: it then writes a checkpoint.
+    with contextlib.closing(finetune(adapter.model, training, rows, spec, keeper)) as reports:
+        for progress in reports:
+            news, said = tuple(notes[said:]), len(notes)
+            yield progress.model_copy(
+                update={"peak_memory_gb": account.measured().peak_memory_gb, "notes": news}
+            )
+    if trained.token_budget < budget:
+        notes.append(f"token budget {trained.token_budget}: halved when memory ran out")
+
+
+def _begin_or_resume(
+    train: TrainSpec, base: Base, training: Training, checkpoints: Checkpoints, account: _Account
+) -> tuple[int, str]:
+    """Put the training where it was cut, if it was; the token budget of the first step, and its reason."""
+    checkpoint, refused = checkpoints.newest()
+    if checkpoint is None:
+        budget, announced = token_budget(train, base.model.config, base.dtype, base.device)
+        training.trained.token_budget = budget
+        account.notes += [announced, *refused]
+        return budget, announced
+    account.go_on_from(checkpoint)
+    training.restore(checkpoint.tensors, checkpoint.values["training"])
+    where = f"resumed at step {checkpoint.step} of {training.steps}"
+    account.notes += [*refused, f"{where}, from the checkpoint of {checkpoint.written}"]
+    # The budget too is the checkpoint's, whatever memory is free by now: another one, other last digits.
+    return checkpoint.values["first_budget"], checkpoint.values["announced"]
 
 
 def _evaluate(
-    spec: TrialSpec, base: Base, model: torch.nn.Module, files: TrialFolder, account: _Account
+    spec: TrialSpec,
+    base: Base,
+    model: torch.nn.Module,
+    files: TrialFolder,
+    account: _Account,
+    keeping: Keeping,
 ) -> Iterator[Progress]:
     if not spec.evaluate.tasks:
         return
     yield Progress(phase="evaluating", step=spec.steps, steps=spec.steps, notes=tuple(account.notes))
     account.evaluation.start()
-    evaluation = evaluate(model, base.tokenizer, spec.evaluate)
+    evaluation = evaluate(model, base.tokenizer, spec.evaluate, keeping.should_stop)
     account.evaluation.pause()
     account.scores = evaluation.scores
     write_whole(files.evaluation, evaluation.to_json())
 
 
-def _as_ours(error: Exception) -> Exception:
-    """Torch's own out-of-memory error, wherever it comes from, is ours."""
+def _stop_if_asked(keeping: Keeping) -> None:
+    if keeping.should_stop():
+        raise Interrupted("asked to stop")
+
+
+def _as_ours(error: Exception, files: TrialFolder) -> Exception:
+    """A full disk and torch's own out-of-memory error, wherever they come from, are ours."""
+    if (full := disk_full(error, files.path)) is not None:
+        return full
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, torch.OutOfMemoryError):
@@ -201,5 +324,7 @@ class TrialRunner:
     def __init__(self) -> None:
         self._resident = Resident()
 
-    def __call__(self, spec: TrialSpec, folder: Path) -> Generator[Progress, None, None]:
-        return run_trial(spec, self._resident, folder)
+    def __call__(
+        self, spec: TrialSpec, folder: Path, keeping: Keeping = _DEFAULT_KEEPING
+    ) -> Generator[Progress, None, None]:
+        return run_trial(spec, self._resident, folder, keeping)

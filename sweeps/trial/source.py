@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sweeps.errors import BadModel
+from sweeps.errors import BadModel, DownloadFailed
 from sweeps.spec import ModelSpec
+from sweeps.trial.causes import causes, hub_not_reached
 
 _PACKAGE = "package:"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -87,10 +87,15 @@ def read_config(source: Source, spec: ModelSpec) -> Any:
     return config
 
 
-def unloadable(spec: ModelSpec, error: Exception) -> BadModel:
+def unloadable(spec: ModelSpec, error: Exception) -> BadModel | DownloadFailed:
     """`error`, which came out of loading `spec`, as ours: with the remedy that fits its cause."""
     text = " ".join(str(error).split())
     found = f"{type(error).__name__}: {text[:300]}"
+    if hub_not_reached(error):
+        return DownloadFailed(
+            f"the hub must be reached for the model {spec.id}, and was not; try again later, or name a local "
+            f"folder ({found})"
+        )
     return BadModel(f"the model {spec.id} must load: {_remedy(error, text)} ({found})")
 
 
@@ -111,7 +116,7 @@ def _check_config(config: Any, spec: ModelSpec) -> None:
 def _remedy(error: Exception, text: str) -> str:
     from huggingface_hub import errors as hub
 
-    causes = list(_causes(error))
+    chain = list(causes(error))
     unreached = (hub.OfflineModeIsEnabled, hub.LocalEntryNotFoundError)
     by_kind = (
         (hub.GatedRepoError, "accept its licence on the hub, and set HF_TOKEN"),
@@ -121,7 +126,7 @@ def _remedy(error: Exception, text: str) -> str:
         (ImportError, "a package is missing; install it"),
     )
     for kind, remedy in by_kind:
-        if any(isinstance(cause, kind) for cause in causes):
+        if any(isinstance(cause, kind) for cause in chain):
             return remedy
     by_text = (
         ("trust_remote_code", "it brings Python code; read that, then set model.trust_remote_code: true"),
@@ -130,12 +135,6 @@ def _remedy(error: Exception, text: str) -> str:
         ("ignore_mismatched_sizes", "the shapes of its weights must be those that its config.json tells"),
     )
     return next((remedy for words, remedy in by_text if words in text), "its files must be readable")
-
-
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _looks_like_a_path(name: str) -> bool:

@@ -165,13 +165,14 @@ def test_status_shows_the_newest_sweep_or_the_one_that_is_named(
     first = open_demo("demo-1")
     proposal = first.ask()
     assert proposal is not None
-    first.started(proposal, "run-0")
+    first.started(proposal)
+    first.tracked(proposal.key, "run-0")
     first.tell(proposal, scored(0.75))
     first.close("completed")
     second = open_demo("demo-2")
     failing = second.ask()
     assert failing is not None
-    second.started(failing, None)
+    second.started(failing)
     second.tell(failing, TrialResult(outcome="failed", failure=Failure(kind="diverged", message="too fast")))
     second.close("failed")
 
@@ -195,10 +196,10 @@ def test_a_sweep_whose_driver_is_gone_is_shown_as_interrupted(
     study = open_demo("demo-1")
     running = study.ask()
     assert running is not None
-    study.started(running, None)
+    study.started(running)
     assert run(monkeypatch, "status", "--json") == 0
     assert json.loads(capsys.readouterr().out)["trials"][0]["state"] == "running"
-    monkeypatch.setattr("sweepsvc.facts.owner_lives", lambda facts: False)
+    monkeypatch.setattr("sweepsvc.owner.lives", lambda owner: False)
     assert run(monkeypatch, "status", "--json") == 0
     seen = json.loads(capsys.readouterr().out)
     assert (seen["state"], seen["trials"][0]["state"]) == ("interrupted", "interrupted")
@@ -214,12 +215,6 @@ def test_a_tracker_that_cannot_be_used_leaves_no_sweep_behind(
     assert "the MLflow store must be reachable" in capsys.readouterr().err
     assert run(monkeypatch, "status") == 2
     assert not Path("runs/demo-1").exists()
-
-
-def test_what_to_do_next_can_be_typed_as_it_is_printed(tmp_path: Path) -> None:
-    printed = cli._next_steps(Home(tmp_path / "a home"), "demo-1")
-    assert f"{sys.executable} -m sweepsvc ui --home '{tmp_path}/a home'" in printed
-    assert cli._next_steps(Home(), "demo-1").endswith("status demo-1")
 
 
 def test_an_unknown_sweep_is_bad_input_and_looking_makes_nothing(

@@ -1,7 +1,6 @@
 """The commit, the versions, and whether a sweep's driver still lives."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 from sweepsvc import facts
@@ -31,17 +30,3 @@ def test_every_library_of_a_trial_is_named_with_its_version(tmp_path: Path) -> N
     gathered = facts.gather(tmp_path / "sweep.yaml")
     assert gathered["version.torch"].startswith("2.")
     assert all(f"version.{name}" in gathered for name in facts.LIBRARIES)
-
-
-def test_an_owner_lives_as_long_as_its_process() -> None:
-    assert facts.owner_lives({"owner": facts.owner()})
-    script = "from sweepsvc.facts import owner; print(owner())"
-    gone = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
-    assert not facts.owner_lives({"owner": gone.stdout.strip()})
-
-
-def test_a_recycled_pid_is_not_the_owner_and_another_host_is_believed() -> None:
-    host, pid, start = facts.owner().rsplit(":", 2)
-    assert not facts.owner_lives({"owner": f"{host}:{pid}:{int(start) - 1000}"})
-    assert facts.owner_lives({"owner": f"elsewhere:{pid}:{start}"})
-    assert not facts.owner_lives({})

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from typing import Any
 import mlflow
 import pytest
 from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from sqlalchemy import event
+from sqlalchemy.engine import Engine
 
 from sweeps.errors import CannotStart
 from sweeps.result import Progress
@@ -24,7 +27,7 @@ from sweeps.spec import FIELDS
 from sweeps.sweep import Sweep
 from sweeps.trial.paths import TrialFolder
 from sweepsvc.plain import PlainRecorder, PlainStudy
-from sweepsvc.protocols import Proposal, Recorder
+from sweepsvc.protocols import Proposal, Recorder, Report
 from sweepsvc.recorder import MlflowRecorder, run_name, ui_command
 from tests.sweepsvc.samples import TASK, result_of, sweep_of
 
@@ -100,10 +103,14 @@ def looked(request: pytest.FixtureRequest, sweep: Sweep, uri: str) -> tuple[Reco
 
 
 def seen_in_plain(recorder: PlainRecorder, proposal: Proposal) -> Seen:
-    run = recorder.runs[proposal.key]
+    run = recorder.runs[f"sweep-1/{proposal.key}"]
     return Seen(
         status=STATUS[run.result.outcome] if run.result else "RUNNING",
-        losses=[(report.step, report.train_loss) for report in run.reports if report.train_loss is not None],
+        losses=[
+            (progress.step, progress.train_loss)
+            for progress in (report.progress for report in run.reports)
+            if progress.train_loss is not None
+        ],
         final=run.result.metrics() if run.result else {},
         files=set(run.files),
     )
@@ -138,6 +145,16 @@ def parent_of(uri: str, sweep: Sweep) -> Any:
     return run
 
 
+def reports(*losses: float, first_step: int = 1) -> Sequence[Report]:
+    """One a step, heard a second apart."""
+    return [
+        Report(
+            Progress(phase="training", step=step, train_loss=loss, lr=1e-4), 1_700_000_000_000 + step * 1000
+        )
+        for step, loss in enumerate(losses, first_step)
+    ]
+
+
 def artifacts(client: MlflowClient, run_id: str, below: str | None = None) -> set[str]:
     found = client.list_artifacts(run_id, below)
     inner = [artifacts(client, run_id, entry.path) for entry in found if entry.is_dir]
@@ -149,12 +166,11 @@ def test_a_trial_is_recorded_from_its_start_to_its_end(
 ) -> None:
     recorder, look = looked
     trial = proposals[1]
-    assert recorder.start(trial)
+    run_id = recorder.start(trial)
     assert look(trial).status == "RUNNING"
-    recorder.report(trial, Progress(phase="loading"))
-    for step in (1, 2):
-        recorder.report(trial, Progress(phase="training", step=step, train_loss=3.0 - step, lr=1e-4))
-    recorder.end(trial, result_of("completed", 0.75), folder)
+    recorder.report(run_id, [Report(Progress(phase="loading"), 1_700_000_000_000)])
+    recorder.report(run_id, reports(2.0, 1.0))
+    recorder.end(run_id, trial, result_of("completed", 0.75), folder)
     seen = look(trial)
     assert (seen.status, seen.losses) == ("FINISHED", [(1, 2.0), (2, 1.0)])
     assert seen.final["score.mean"] == 0.75
@@ -172,10 +188,12 @@ def test_another_attempt_goes_on_in_the_same_run(
 ) -> None:
     recorder, look = looked
     first = recorder.start(proposals[1])
-    recorder.report(proposals[1], Progress(phase="training", step=1, train_loss=2.0))
-    assert recorder.start(proposals[1]) == first
-    recorder.report(proposals[1], Progress(phase="training", step=2, train_loss=1.0))
-    recorder.end(proposals[1], result_of("completed", 0.5), tmp_path)
+    recorder.report(first, reports(2.0))
+    recorder.end(first, proposals[1], result_of("interrupted"), tmp_path)
+    assert recorder.start(proposals[1], first, attempt=2) == first
+    assert look(proposals[1]).status == "RUNNING"
+    recorder.report(first, reports(1.0, first_step=2))
+    recorder.end(first, proposals[1], result_of("completed", 0.5), tmp_path)
     assert (look(proposals[1]).status, look(proposals[1]).losses) == ("FINISHED", [(1, 2.0), (2, 1.0)])
 
 
@@ -184,17 +202,48 @@ def test_a_run_ends_as_its_trial_did(
     looked: tuple[Recorder, Look], proposals: list[Proposal], tmp_path: Path, outcome: Any
 ) -> None:
     recorder, look = looked
-    recorder.start(proposals[1])
-    recorder.end(proposals[1], result_of(outcome), tmp_path)
+    recorder.end(recorder.start(proposals[1]), proposals[1], result_of(outcome), tmp_path)
     assert look(proposals[1]).status == STATUS[outcome]
 
 
-def test_a_trial_that_ends_without_a_start_is_recorded_all_the_same(
-    looked: tuple[Recorder, Look], proposals: list[Proposal], tmp_path: Path
+def test_whatever_is_said_twice_is_recorded_once(
+    looked: tuple[Recorder, Look], proposals: list[Proposal], folder: Path
 ) -> None:
     recorder, look = looked
-    recorder.end(proposals[1], result_of("failed"), tmp_path)
-    assert look(proposals[1]).status == "FAILED"
+    trial, result = proposals[1], result_of("completed", 0.5, train_loss=0.25)
+    seen = []
+    for _ in range(2):
+        recorder.open()
+        run_id = recorder.start(trial, at_ms=1_700_000_000_000)
+        recorder.report(run_id, reports(2.0, math.nan))
+        recorder.report(run_id, reports(2.0, math.nan))
+        recorder.end(run_id, trial, result, folder, at_ms=1_700_000_009_000)
+        seen.append(look(trial))
+    assert repr(seen[0]) == repr(seen[1])
+    assert [step for step, _ in seen[0].losses][:2] == [1, 2]
+
+
+@pytest.mark.parametrize("run_id", ["0" * 32, "no id of this tracker"])
+def test_a_run_that_is_gone_is_replaced_by_a_new_one(
+    looked: tuple[Recorder, Look], proposals: list[Proposal], run_id: str
+) -> None:
+    recorder, look = looked
+    assert recorder.start(proposals[1], run_id) != run_id
+    assert look(proposals[1]).status == "RUNNING"
+
+
+def test_another_recorder_of_the_sweep_goes_on_where_one_was_killed(
+    recorder: MlflowRecorder, uri: str, sweep: Sweep, proposals: list[Proposal], tmp_path: Path
+) -> None:
+    run_id = recorder.start(proposals[1], first=True)  # and nobody hears of its id
+    recorder.close("interrupted")
+    another = MlflowRecorder(sweep, "sweep-1", uri, tmp_path / "mlartifacts", FACTS)
+    another.open()
+    assert another.start(proposals[1], attempt=2) == run_id
+    assert parent_of(uri, sweep).info.status == "RUNNING"
+    run = run_of(uri, sweep, proposals[1])
+    assert run.data.tags["mlflow.parentRunId"] == parent_of(uri, sweep).info.run_id
+    assert run.data.tags["attempts"] == "2"
 
 
 # --- names, params, metrics, tags -------------------------------------------------------------------
@@ -224,8 +273,7 @@ def test_every_field_of_a_trial_is_a_param_with_how_it_was_written(
 def test_a_baseline_has_no_params_of_a_training_that_never_was(
     recorder: MlflowRecorder, uri: str, sweep: Sweep, proposals: list[Proposal], tmp_path: Path
 ) -> None:
-    recorder.start(proposals[0])
-    recorder.end(proposals[0], result_of("completed", 0.25), tmp_path)
+    recorder.end(recorder.start(proposals[0]), proposals[0], result_of("completed", 0.25), tmp_path)
     run = run_of(uri, sweep, proposals[0])
     assert run.data.tags["baseline"] == "true"
     assert run.data.params["train"] == "none"
@@ -253,8 +301,7 @@ def test_final_numbers_have_their_stable_names(
     recorder: MlflowRecorder, uri: str, sweep: Sweep, proposals: list[Proposal], tmp_path: Path
 ) -> None:
     result = result_of("completed", 0.75, trainable_params=20_277_248, train_loss=math.nan)
-    recorder.start(proposals[1])
-    recorder.end(proposals[1], result, tmp_path)
+    recorder.end(recorder.start(proposals[1]), proposals[1], result, tmp_path)
     metrics = run_of(uri, sweep, proposals[1]).data.metrics
     assert set(metrics) == set(result.metrics())
     assert metrics[f"score.{TASK}"] == metrics["score.mean"] == 0.75
@@ -268,18 +315,18 @@ def test_a_task_name_that_mlflow_refuses_is_written_with_underscores(
 ) -> None:
     result = result_of("completed", 0.75)
     odd = result.model_copy(update={"scores": {"my+task|v2": result.scores[TASK]}})
-    recorder.end(proposals[1], odd, tmp_path)
+    recorder.end(recorder.start(proposals[1]), proposals[1], odd, tmp_path)
     assert run_of(uri, sweep, proposals[1]).data.metrics["score.my_task_v2"] == 0.75
 
 
-def test_a_report_is_one_request_and_one_without_numbers_is_none(
+def test_some_reports_are_one_request_and_one_without_numbers_is_none(
     recorder: MlflowRecorder,
     uri: str,
     sweep: Sweep,
     proposals: list[Proposal],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recorder.start(proposals[1])
+    run_id = recorder.start(proposals[1])
     batches: list[Any] = []
     real = MlflowClient.log_batch
 
@@ -288,10 +335,10 @@ def test_a_report_is_one_request_and_one_without_numbers_is_none(
         return real(client, *arguments, **named)
 
     monkeypatch.setattr(MlflowClient, "log_batch", counted)
-    recorder.report(proposals[1], Progress(phase="evaluating", step=7, steps=7))
+    recorder.report(run_id, [Report(Progress(phase="evaluating", step=7, steps=7), 1)])
     assert batches == []
     full = Progress(phase="training", step=7, train_loss=2.0, eval_loss=2.5, lr=3e-4, tokens_per_second=812.0)
-    recorder.report(proposals[1], full)
+    recorder.report(run_id, [*reports(*[4.0] * 6), Report(full, 1_700_000_000_000)])
     assert len(batches) == 1
     metrics = run_of(uri, sweep, proposals[1]).data.metrics
     assert metrics == {"train.loss": 2.0, "eval.loss": 2.5, "lr": 3e-4, "tokens_per_second": 812.0}
@@ -333,8 +380,12 @@ def test_the_parent_run_holds_the_sweep_its_facts_and_no_secret(
 def test_a_failure_is_recorded_with_its_class_and_traceback(
     recorder: MlflowRecorder, uri: str, sweep: Sweep, proposals: list[Proposal], tmp_path: Path
 ) -> None:
-    recorder.start(proposals[1])
-    recorder.end(proposals[1], result_of("failed", notes=("dtype bfloat16: the GPU has it",)), tmp_path)
+    recorder.end(
+        recorder.start(proposals[1]),
+        proposals[1],
+        result_of("failed", notes=("dtype bfloat16: the GPU has it",)),
+        tmp_path,
+    )
     run = run_of(uri, sweep, proposals[1])
     assert run.data.tags["failure"] == "diverged"
     note = run.data.tags["mlflow.note.content"]
@@ -346,8 +397,9 @@ def test_a_failure_is_recorded_with_its_class_and_traceback(
 def test_the_data_is_an_input_with_its_digest(
     recorder: MlflowRecorder, uri: str, sweep: Sweep, proposals: list[Proposal], tmp_path: Path
 ) -> None:
+    result = result_of("completed", 0.5, data_digest="0123456789abcdef")
     for proposal in proposals[:2]:
-        recorder.end(proposal, result_of("completed", 0.5, data_digest="0123456789abcdef"), tmp_path)
+        recorder.end(recorder.start(proposal), proposal, result, tmp_path)
     (used,) = run_of(uri, sweep, proposals[1]).inputs.dataset_inputs
     assert (used.dataset.name, used.dataset.digest) == ("yahma/alpaca-cleaned", "0123456789abcdef")
     assert json.loads(used.dataset.source) == {"path": "yahma/alpaca-cleaned", "split": "train"}
@@ -366,8 +418,9 @@ def test_a_run_ends_even_if_an_artifact_cannot_be_kept(
         raise OSError("no space left on device")
 
     monkeypatch.setattr(MlflowClient, "log_artifact", no_space)
+    run_id = recorder.start(proposals[1])
     with pytest.raises(OSError, match="no space left"):
-        recorder.end(proposals[1], result_of("completed", 0.5), folder)
+        recorder.end(run_id, proposals[1], result_of("completed", 0.5), folder)
     assert run_of(uri, sweep, proposals[1]).info.status == "FINISHED"
 
 
@@ -380,7 +433,7 @@ def test_sweeps_of_one_name_share_an_experiment_and_nothing_else(
     second = MlflowRecorder(sweep, "sweep-2", uri, tmp_path / "mlartifacts", FACTS)
     second.open()
     ids = {recorder.start(proposals[1]), second.start(proposals[1])}
-    second.end(proposals[1], result_of("failed"), tmp_path)
+    second.end(second.start(proposals[1]), proposals[1], result_of("failed"), tmp_path)
     runs = {run.info.run_id: run for run in runs_in(uri, sweep)}
     assert len(ids) == 2
     assert len(runs) == 4
@@ -392,10 +445,10 @@ def test_trials_may_report_at_the_same_time(
     recorder: MlflowRecorder, uri: str, sweep: Sweep, proposals: list[Proposal], tmp_path: Path
 ) -> None:
     def record(proposal: Proposal) -> None:
-        recorder.start(proposal)
+        run_id = recorder.start(proposal)
         for step in range(3):
-            recorder.report(proposal, Progress(phase="training", step=step, train_loss=1.0))
-        recorder.end(proposal, result_of("completed", 0.5), tmp_path)
+            recorder.report(run_id, reports(1.0, first_step=step))
+        recorder.end(run_id, proposal, result_of("completed", 0.5), tmp_path)
 
     threads = [threading.Thread(target=record, args=(proposal,)) for proposal in proposals[:4]]
     for thread in threads:
@@ -418,8 +471,7 @@ sweep, home = sweep_of("sampler: grid, space: {lora.r: [4]}"), Path(sys.argv[1])
 recorder = MlflowRecorder(sweep, "sweep-1", f"sqlite:///{home}/mlflow.db", home / "mlartifacts", {})
 recorder.open()
 trial = PlainStudy(sweep, "sweep-1", {}).ask()
-recorder.start(trial)
-recorder.end(trial, result_of("failed"), home)
+recorder.end(recorder.start(trial), trial, result_of("failed"), home)
 recorder.close("failed")
 assert mlflow.active_run() is None
 """
@@ -462,6 +514,99 @@ def test_a_deleted_experiment_is_not_written_to(
         CannotStart, match=rf"must not be deleted.*got {sweep.name}; restore it \(.* -x {number}\)"
     ):
         again.open()
+
+
+def test_reports_keep_the_time_at_which_they_were_heard_and_runs_that_of_their_trial(
+    recorder: MlflowRecorder, uri: str, sweep: Sweep, proposals: list[Proposal], tmp_path: Path
+) -> None:
+    run_id = recorder.start(proposals[1], first=True, at_ms=1_700_000_000_000)
+    recorder.report(run_id, reports(2.0, 1.0))
+    recorder.end(run_id, proposals[1], result_of("completed", 0.5), tmp_path, at_ms=1_700_000_009_000)
+    history = MlflowClient(uri, uri).get_metric_history(run_id, "train.loss")
+    assert [metric.timestamp - 1_700_000_000_000 for metric in history] == [1000, 2000]
+    info = run_of(uri, sweep, proposals[1]).info
+    assert (info.start_time, info.end_time) == (1_700_000_000_000, 1_700_000_009_000)
+
+
+def test_more_reports_than_a_request_holds_are_recorded_all(
+    recorder: MlflowRecorder, uri: str, proposals: list[Proposal]
+) -> None:
+    run_id = recorder.start(proposals[1], first=True)
+    recorder.report(run_id, reports(*[1.0] * 600))  # a loss and a rate each
+    history = MlflowClient(uri, uri).get_metric_history(run_id, "lr")
+    assert [metric.step for metric in history] == list(range(1, 601))
+
+
+def test_the_last_result_stands_and_nothing_of_an_earlier_failure(
+    recorder: MlflowRecorder, uri: str, sweep: Sweep, proposals: list[Proposal], tmp_path: Path
+) -> None:
+    trial = proposals[1]
+    run_id = recorder.start(trial)
+    late = result_of("failed").model_copy(update={"steps": 9, "trainable_params": 1})
+    recorder.end(run_id, trial, late, tmp_path)
+    recorder.start(trial, run_id, attempt=2)
+    recorder.end(run_id, trial, result_of("completed", 0.5, trainable_params=2), tmp_path)  # 4 steps
+    run = run_of(uri, sweep, trial)
+    assert (run.info.status, run.data.tags["attempts"]) == ("FINISHED", "2")
+    assert run.data.metrics["trainable_params"] == 2
+    assert not {"failure", "mlflow.note.content"} & set(run.data.tags)
+
+
+def test_a_result_that_is_told_again_later_adds_nothing(
+    recorder: MlflowRecorder, uri: str, proposals: list[Proposal], tmp_path: Path
+) -> None:
+    run_id = recorder.start(proposals[1])
+    result = result_of("completed", 0.5, train_loss=math.inf, eval_loss=math.nan)
+    for at_ms in (1_700_000_000_000, 1_700_000_001_000):
+        recorder.end(run_id, proposals[1], result, tmp_path, at_ms=at_ms)
+    client = MlflowClient(uri, uri)
+    assert {name: len(client.get_metric_history(run_id, name)) for name in result.metrics()} == (
+        dict.fromkeys(result.metrics(), 1)
+    )
+
+
+def test_a_run_that_a_person_deleted_is_not_written_to(
+    recorder: MlflowRecorder, uri: str, sweep: Sweep, proposals: list[Proposal]
+) -> None:
+    run_id = recorder.start(proposals[1])
+    MlflowClient(uri, uri).delete_run(run_id)
+    again = recorder.start(proposals[1], run_id)
+    assert again != run_id
+    assert run_of(uri, sweep, proposals[1]).info.run_id == again
+
+
+def test_runs_that_were_left_open_are_found_and_closed(
+    recorder: MlflowRecorder, uri: str, sweep: Sweep, proposals: list[Proposal], tmp_path: Path
+) -> None:
+    ended, left = recorder.start(proposals[1]), recorder.start(proposals[2])
+    recorder.end(ended, proposals[1], result_of("completed", 0.5), tmp_path)
+    other = MlflowRecorder(sweep, "sweep-2", uri, tmp_path, FACTS)
+    other.open()
+    other.start(proposals[3])
+    assert recorder.open_runs() == {proposals[2].key: left}
+    recorder.terminate(left, "interrupted")
+    assert recorder.open_runs() == {}
+    assert run_of(uri, sweep, proposals[2]).info.status == "KILLED"
+
+
+def test_a_store_that_is_full_is_an_error_and_goes_on_once_there_is_room(
+    recorder: MlflowRecorder, uri: str, sweep: Sweep, proposals: list[Proposal], tmp_path: Path
+) -> None:
+    limit: list[str] = ["PRAGMA max_page_count = 1"]
+
+    def limited(connection: Any, *_: Any) -> None:
+        connection.execute(limit[0])
+
+    event.listen(Engine, "checkout", limited)
+    try:
+        with pytest.raises(MlflowException, match="full"):
+            _ = [recorder.start(trial) for trial in proposals]
+        limit[0] = "PRAGMA max_page_count = 1000000"
+        run_id = recorder.start(proposals[1])
+        recorder.end(run_id, proposals[1], result_of("completed", 0.5), tmp_path)
+    finally:
+        event.remove(Engine, "checkout", limited)
+    assert run_of(uri, sweep, proposals[1]).info.status == "FINISHED"
 
 
 def test_a_server_that_does_not_answer_is_named_without_its_password(

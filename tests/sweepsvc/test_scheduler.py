@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from sweeps.errors import CannotStart
@@ -16,7 +16,7 @@ from sweeps.result import Progress, TrialResult
 from sweeps.spec import TrialSpec
 from sweeps.sweep import Resources
 from sweepsvc.plain import SerialScheduler
-from sweepsvc.protocols import Proposal, Scheduler
+from sweepsvc.protocols import Later, Proposal, Scheduler
 from sweepsvc.scheduler import RayScheduler
 from tests.scripted import COMPLETES, DIES, FAILS, HANGS, RAISES, ScriptedTrials
 
@@ -65,7 +65,8 @@ def proposal(number: int, seed: int) -> Proposal:
 def ray_scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayScheduler]:
     storage = tmp_path_factory.mktemp("ray")
     resources = Resources(gpus=0, cpus=1, parallel=1)
-    with RayScheduler(resources, storage, runner="tests.scripted:ScriptedTrials") as scheduler:
+    runner = "tests.scripted:ScriptedTrials"
+    with RayScheduler(resources, storage, storage / "stop", runner=runner) as scheduler:
         yield scheduler
 
 
@@ -138,21 +139,56 @@ def test_a_worker_that_dies_is_a_lost_process_and_the_next_trial_runs(
     assert failure.kind == "process_lost"
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_running_trials_as_interrupted(
-    ray_scheduler: RayScheduler, tmp_path: Path, number: int
+def test_trials_end_as_interrupted_once_they_are_asked_to_stop(
+    ray_scheduler: RayScheduler, tmp_path: Path
 ) -> None:
     notebook = Notebook(tmp_path, HANGS, COMPLETES)
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), number))
+    stop = ray_scheduler._stop
+    assert stop is not None
+    notebook.on_report = stop.touch
+    ray_scheduler.run(notebook)
+    stop.unlink()
+    assert notebook.outcomes() == ["interrupted", "completed"]
 
-    def stop_once() -> None:
+
+def test_a_worker_that_hears_sigterm_ends_its_trial_as_interrupted(
+    ray_scheduler: RayScheduler, tmp_path: Path
+) -> None:
+    """As where a cluster takes back a node."""
+    notebook = Notebook(tmp_path, HANGS, COMPLETES)
+    notebook.on_report = terminate_workers
+    ray_scheduler.run(notebook)
+    assert notebook.outcomes() == ["interrupted", "completed"]
+
+
+def terminate_workers() -> None:
+    for child in psutil.Process().children(recursive=True):
+        if "TrialActor" in " ".join(child.cmdline()):
+            child.terminate()
+
+
+def test_an_exception_in_the_driver_ends_what_is_running_as_interrupted(
+    ray_scheduler: RayScheduler, tmp_path: Path
+) -> None:
+    notebook = Notebook(tmp_path, HANGS, COMPLETES)
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+
+    def interrupt_once() -> None:
         notebook.on_report = lambda: None
         timer.start()
 
-    notebook.on_report = stop_once
+    notebook.on_report = interrupt_once
     with pytest.raises(KeyboardInterrupt):
         ray_scheduler.run(notebook)
     assert notebook.outcomes() == ["interrupted"]
+
+
+def test_a_conductor_that_has_nothing_just_now_is_asked_again(scheduler: Scheduler, tmp_path: Path) -> None:
+    notebook = Notebook(tmp_path, COMPLETES, COMPLETES)
+    answers = iter([Later(), notebook.next(), Later(), Later(), notebook.next()])
+    notebook.next = lambda: next(answers, None)  # type: ignore[method-assign, assignment, return-value]
+    scheduler.run(notebook)
+    assert notebook.outcomes() == ["completed", "completed"]
 
 
 @pytest.mark.parametrize(

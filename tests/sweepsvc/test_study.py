@@ -71,7 +71,7 @@ def run_all(study: Study, value: Callable[[Proposal], float]) -> list[Proposal]:
     proposals = []
     while (proposal := study.ask()) is not None:
         proposals.append(proposal)
-        study.started(proposal, None)
+        study.started(proposal)
         study.tell(proposal, result_of("completed", value(proposal)))
     return proposals
 
@@ -213,9 +213,11 @@ def test_a_trial_waits_then_runs_then_ends(opened: Open) -> None:
     proposal = study.ask()
     assert proposal is not None
     states = [study.read().trials[0].state]
-    study.started(proposal, "run-a")
+    study.started(proposal)
+    study.tracked(proposal.key, "run-a")
     states.append(study.read().trials[0].state)
-    study.started(proposal, "run-b")
+    study.started(proposal)
+    study.tracked(proposal.key, "run-b")
     study.tell(proposal, result_of("completed", 0.75))
     record = study.read().trials[0]
     assert [*states, record.state] == ["waiting", "running", "completed"]
@@ -228,7 +230,7 @@ def test_a_trial_that_did_not_complete_has_its_state_and_no_value(opened: Open, 
     study = opened(sweep_of("sampler: grid, space: {lora.r: [4]}"))
     proposal = study.ask()
     assert proposal is not None
-    study.started(proposal, None)
+    study.started(proposal)
     study.tell(proposal, result_of(outcome, 0.9))
     (record,) = study.read().trials
     assert (record.state, record.value) == (outcome, None)
@@ -270,7 +272,8 @@ def test_what_is_read_is_what_was_asked(opened: Open) -> None:
 def test_a_baseline_is_started_and_told_like_a_trial(opened: Open) -> None:
     study = opened(sweep_of("sampler: grid, space: {lora.r: [4]}"))
     (baseline,) = study.baselines()
-    study.started(baseline, "run-0")
+    study.started(baseline)
+    study.tracked(baseline.key, "run-0")
     study.tell(baseline, result_of("completed", 0.25))
     (record,) = study.read().baselines
     assert (record.state, record.attempts, record.mlflow_run_id, record.value) == (
@@ -298,7 +301,7 @@ def test_what_was_never_proposed_is_refused(opened: Open) -> None:
     study = opened(sweep_of("sampler: grid, space: {lora.r: [4]}"))
     stranger = Proposal("7", sweep_of("sampler: grid").resolve({}).spec, 7)
     with pytest.raises(ValueError, match="got 7; ask first"):
-        study.started(stranger, None)
+        study.started(stranger)
     with pytest.raises(ValueError, match="got 7; ask first"):
         study.tell(stranger, result_of("completed", 0.5))
 
@@ -449,7 +452,8 @@ def test_the_database_tells_what_was_swept(open_in_file: Open, shared_url: str) 
 def test_a_reader_sees_what_the_driver_has_open(shared_url: str, open_in_file: Open) -> None:
     study = open_in_file(sweep_of("sampler: grid, space: {lora.r: [4, 8]}"))
     proposals = asked(study)
-    study.started(proposals[0], "run-0")
+    study.started(proposals[0])
+    study.tracked(proposals[0].key, "run-0")
     assert load_record(study.read().sweep_id, shared_url) == study.read()
     file = shared_url.removeprefix("sqlite:///")
     connection = sqlite3.connect(file)
@@ -483,10 +487,12 @@ from tests.sweepsvc.samples import result_of, sweep_of
 sweep = sweep_of("sampler: random, trials: 9, space: {lora.r: [4, 8, 16, 32]}")
 study = open_study(sweep, "killed", sys.argv[1], {})
 (baseline,) = study.baselines()
-study.started(baseline, "run-0")
+study.started(baseline)
+study.tracked(baseline.key, "run-0")
 first, second, third = study.ask(), study.ask(), study.ask()
 for proposal in (first, second):
-    study.started(proposal, "run-" + proposal.key)
+    study.started(proposal)
+    study.tracked(proposal.key, "run-" + proposal.key)
 study.tell(first, result_of("completed", 0.5))
 os.kill(os.getpid(), signal.SIGKILL)
 """
@@ -540,9 +546,9 @@ def three_sweeps(tmp_path_factory: pytest.TempPathFactory) -> str:
     for sweep_id in ("alpha-1", "beta-1", "alpha-2"):
         study = open_study(sweep_of("sampler: grid, space: {lora.r: [4, 8, 16]}"), sweep_id, url, FACTS)
         first, second, _ = asked(study)
-        study.started(first, None)
+        study.started(first)
         study.tell(first, result_of("completed", 0.5))
-        study.started(second, None)
+        study.started(second)
     study.close("interrupted")
     return url
 

@@ -19,7 +19,14 @@ from sweeps.errors import BadModel
 from sweeps.spec import LoraSpec, ModelSpec, OptimizerSpec
 from sweeps.trial import base as base_module
 from sweeps.trial.adapter import Adapter, attach
-from sweeps.trial.base import Base, Resident, load_base, make_optimizer
+from sweeps.trial.base import (
+    Base,
+    Resident,
+    load_base,
+    make_optimizer,
+    optimizer_state,
+    restore_optimizer,
+)
 
 IDS = torch.arange(3, 23).view(2, 10)
 
@@ -292,3 +299,83 @@ def test_importing_bitsandbytes_cannot_fetch_code_from_the_hub(monkeypatch: pyte
         base_module._import_bitsandbytes()
     assert seen == [None]  # which makes any `import kernels` fail
     assert sys.modules["kernels"] is installed
+
+
+# --- what an optimiser remembers --------------------------------------------------------------------
+
+
+def parameters_like(shapes: dict[str, tuple[int, ...]]) -> dict[str, torch.nn.Parameter]:
+    draw = torch.Generator().manual_seed(0)
+    return {name: torch.nn.Parameter(torch.randn(shape, generator=draw)) for name, shape in shapes.items()}
+
+
+def step(optimizer: Any, parameters: dict[str, torch.nn.Parameter], number: int) -> None:
+    draw = torch.Generator().manual_seed(number)
+    for name, parameter in parameters.items():
+        if name != "unused":
+            parameter.grad = torch.randn(parameter.shape, generator=draw)
+    optimizer.step()
+
+
+def paged(parameters: Any) -> Any:
+    return bitsandbytes.optim.PagedAdamW32bit(parameters, lr=0.1)
+
+
+OPTIMIZERS = {
+    "adamw": lambda parameters: make_optimizer(parameters, OptimizerSpec(name="adamw", lr=0.1)),
+    "sgd": lambda parameters: make_optimizer(parameters, OptimizerSpec(name="sgd", lr=0.1)),
+    "plain_sgd": lambda parameters: make_optimizer(
+        parameters, OptimizerSpec(name="sgd", lr=0.1, momentum=0.0)
+    ),
+    "paged_adamw": paged,
+}
+
+
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_an_optimizer_that_is_restored_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+    shapes = {"a.weight": (3, 5), "b.weight": (400, 300), "unused": (2, 2)}  # the middle one is pageable
+    first, second = parameters_like(shapes), parameters_like(shapes)
+    one = OPTIMIZERS[name](list(first.values()))
+    step(one, first, 1)
+    step(one, first, 2)
+    tensors, values = optimizer_state(one, first)
+    if tensors:
+        save_file(tensors, tmp_path / "state.safetensors")
+        tensors = load_file(tmp_path / "state.safetensors")
+    values = json.loads(json.dumps(values))
+
+    other = OPTIMIZERS[name](list(second.values()))
+    with torch.no_grad():
+        for key in shapes:
+            second[key].copy_(first[key])
+    restore_optimizer(other, second, (tensors, values))
+    step(one, first, 3)
+    step(other, second, 3)
+    assert all(torch.equal(first[key], second[key]) for key in shapes)
+
+
+def test_the_memory_that_bitsandbytes_took_for_a_state_stays_in_use(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On CUDA it is pageable memory, which no tensor that is put in its place would be."""
+    taken = []
+
+    def buffer(self: Any, parameter: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        taken.append(torch.zeros_like(parameter, dtype=dtype))
+        return taken[-1]
+
+    monkeypatch.setattr(bitsandbytes.optim.optimizer.Optimizer8bit, "get_state_buffer", buffer)
+    parameters = parameters_like({"a": (3, 5)})
+    one = paged(parameters.values())
+    step(one, parameters, 1)
+    state = optimizer_state(one, parameters)
+    taken.clear()
+    other = paged(parameters.values())
+    restore_optimizer(other, parameters, state)
+    known = other.state[parameters["a"]]
+    assert known["step"] == 1
+    assert known["state1"] is taken[0]
+    assert known["state2"] is taken[1]
+    assert torch.equal(known["state1"], state[0]["a.state1"])
+    assert taken[0].abs().sum() > 0

@@ -49,21 +49,33 @@ def sgd(parameters: Any, spec: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, lr=spec.lr)
 
 
+def named(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
 def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return list(named(model).values())
+
+
+class Unkept:
+    """Keeps nothing."""
+
+    def after_step(self, training: loop.Training) -> None: ...
+
+    def now(self, training: loop.Training) -> None: ...
 
 
 def train(
     model: torch.nn.Module, spec: TrialSpec, budget: int = 64, data: TokenData = DATA
 ) -> tuple[loop.Trained, list[Progress]]:
     trained = loop.Trained(token_budget=budget)
-    reports = loop.finetune(model, trainable(model), data, spec, TrialRng(1, CPU), sgd, trained)
-    return trained, list(reports)
+    training = loop.Training(named(model), spec, TrialRng(1, CPU), sgd, trained)
+    return trained, list(loop.finetune(model, training, data, spec, Unkept()))
 
 
 def gradients(model: torch.nn.Module, budget: int) -> torch.Tensor:
     trained = loop.Trained(token_budget=budget)
-    loop._accumulate(model, trainable(model), ROWS[:9], TrialRng(1, CPU), CPU, trained)
+    loop._accumulate(model, trainable(model), ROWS[:9], TrialRng(1, CPU), trained)
     flat = torch.cat([parameter.grad.flatten() for parameter in trainable(model)])  # type: ignore[union-attr]
     model.zero_grad()
     return flat
@@ -210,7 +222,7 @@ def test_memory_that_runs_out_halves_the_budget_and_redoes_the_step(
     expected = gradients(model, 33)  # the longest row: a budget below it would not cut more
     monkeypatch.setattr(loop, "row_losses", out_of_memory_above(40))
     trained = loop.Trained(token_budget=128)
-    loop._accumulate(model, trainable(model), ROWS[:9], TrialRng(1, CPU), CPU, trained)
+    loop._accumulate(model, trainable(model), ROWS[:9], TrialRng(1, CPU), trained)
     assert trained.token_budget == 33
     flat = torch.cat([parameter.grad.flatten() for parameter in trainable(model)])  # type: ignore[union-attr]
     assert torch.equal(flat, expected)

@@ -1,6 +1,7 @@
 """A trial's random numbers are its own."""
 
 import contextlib
+import json
 import random
 
 import numpy as np
@@ -49,3 +50,17 @@ def test_a_block_that_raises_is_repeated_with_the_same_numbers() -> None:
     with rng.active():
         seen.append(draw())
     assert seen[0] == seen[1]
+
+
+def test_a_state_that_went_through_json_gives_the_same_numbers() -> None:
+    rng = TrialRng(5, CPU)
+    with rng.active():
+        random.gauss(0, 1), np.random.normal(), torch.randn(3)  # each keeps half of a pair
+    tensors, values = rng.state()
+    values = json.loads(json.dumps(values))
+    with rng.active():
+        expected = [draw(), (random.gauss(0, 1), np.random.normal(), float(torch.randn(())))]
+    other = TrialRng(6, CPU)
+    other.restore(tensors, values)
+    with other.active():
+        assert [draw(), (random.gauss(0, 1), np.random.normal(), float(torch.randn(())))] == expected

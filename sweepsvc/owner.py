@@ -1,0 +1,92 @@
+"""One driver for each sweep: who drives it, and how a second one is refused."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import socket
+from collections.abc import Iterator
+
+import psutil
+
+from sweeps.errors import CannotStart
+from sweepsvc.home import SweepFolder
+
+_CLOCK_STEP_SECONDS = 300
+
+
+def this_process() -> str:
+    """This process, so that another can tell whether it still lives: `host:pid:start`."""
+    process = psutil.Process()
+    return f"{socket.gethostname()}:{process.pid}:{process.create_time():.0f}"
+
+
+def lives(owner: str) -> bool:
+    """Whether the process that drove a sweep runs still; one on another host counts as alive."""
+    if owner.count(":") < 2:
+        return False
+    host, pid, start = owner.rsplit(":", 2)  # host names have no colon
+    if host != socket.gethostname():
+        return True
+    try:
+        process = psutil.Process(int(pid))
+        # Not to the second: the system's clock may have been set since, and a process's start moves with it.
+        is_same = abs(process.create_time() - float(start)) < _CLOCK_STEP_SECONDS
+        return is_same and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def is_elsewhere(owner: str) -> bool:
+    """Whether it is a process of another host, of which nothing can be known from here."""
+    return owner.count(":") >= 2 and owner.rsplit(":", 2)[0] != socket.gethostname()
+
+
+def named(owner: str) -> str:
+    """`process 4711 on gpu-3`."""
+    host, pid, _ = owner.rsplit(":", 2) if owner.count(":") >= 2 else ("an unknown host", "?", "")
+    return f"process {pid} on {host}"
+
+
+@contextlib.contextmanager
+def owning(folder: SweepFolder) -> Iterator[None]:
+    """Be the sweep's one driver inside the block; `CannotStart` names the one that is.
+
+    The lock is the kernel's, on `<sweep-id>/owner`: it goes with the process, however that ends. A stop that
+    was asked of an earlier driver is forgotten.
+    """
+    try:
+        file = folder.owner.open("a+", encoding="utf-8")
+    except OSError as error:
+        raise CannotStart(
+            f"the sweep's folder must be writable, got {folder.path}: {error.strerror}; check --home"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise busy(folder.path.name, file.read().strip()) from None
+        file.truncate(0)
+        file.write(this_process())
+        file.flush()
+        folder.stop.unlink(missing_ok=True)
+        yield
+
+
+def driver_of(folder: SweepFolder) -> str | None:
+    """The process that drives the sweep just now, as far as this host knows; None if there is none."""
+    with contextlib.suppress(OSError), folder.owner.open(encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return file.read().strip()
+    return None
+
+
+def busy(sweep_id: str, owner: str) -> CannotStart:
+    """The refusal of a second driver."""
+    return CannotStart(
+        f"a sweep has one driver, and {sweep_id} is driven by {named(owner)}; wait for it, or end it with "
+        f"`python -m sweepsvc stop {sweep_id}`"
+    )

@@ -1,0 +1,317 @@
+"""Commands that drive a sweep, over the real study, tracker and scheduler."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from sweeps.errors import CannotContinue, CannotStart, InvalidSweep
+from sweeps.sweep import Sweep
+from sweeps.trial.paths import write_whole
+from sweepsvc import owner
+from sweepsvc.facts import gather
+from sweepsvc.home import Home, SweepFolder
+from sweepsvc.launch import SweepRun, all_or_nothing, drive, prepare, state_of
+from sweepsvc.meaning import as_it_is_now, differences
+from sweepsvc.outbox import Outbox
+from sweepsvc.protocols import SweepRecord
+from sweepsvc.recorder import MlflowRecorder
+from sweepsvc.resume import Selection, reconcile
+from sweepsvc.scheduler import RayScheduler
+from sweepsvc.study import (
+    Launched,
+    forget_unlaunched,
+    load_launched,
+    load_record,
+    open_study,
+    reopen_study,
+)
+from sweepsvc.sync import synchronise
+from sweepsvc.view import LineView, LiveView, View, results, terminal
+
+_POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What `resume` is asked to do besides going on."""
+
+    selection: Selection = field(default_factory=Selection)
+    add_trials: int = 0
+    as_launched: bool = False
+    take_over: bool = False
+
+
+# --- the commands -----------------------------------------------------------------------------------
+
+
+def launch(sweep: Sweep, home: Home, sweep_id: str) -> SweepRecord:
+    """Run a sweep from its start; how it stands at the end."""
+    console = terminal()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_sigterm_is_ctrl_c())
+        _say(console, f"sweep {sweep_id} in {home.path}")
+        facts = gather(Path(sweep.source))
+        scheduler = stack.enter_context(_scheduler(sweep, home.sweep(sweep_id)))
+        scheduler.check()
+        _clear_away(home.sweep(sweep_id), home)
+        folder = prepare(sweep, home, sweep_id)
+        with all_or_nothing(folder) as undo:
+            stack.enter_context(owner.owning(folder))
+            study = open_study(sweep, sweep_id, home.study_url, facts)
+            undo.callback(study.discard)
+            recorder = MlflowRecorder(sweep, sweep_id, home.tracking_uri, home.artifacts, facts)
+            recorder.open()
+            baselines = study.baselines()
+        with _view(console, sweep) as view, _saying_how_to_go_on(console, home, sweep_id):
+            run = SweepRun(study, Outbox(recorder, folder), folder, view, sweep.faults, baselines)
+            record = drive(run, scheduler)
+        console.print(results(record, console), markup=False, highlight=False)
+        _say(console, next_steps(home, record))
+        return record
+
+
+def resume(prefix: str, home: Home, asked: Asked) -> SweepRecord:
+    """Go on with a sweep; how it stands at the end."""
+    console = terminal()
+    home.check()
+    launched = load_launched(prefix, home.study_url)
+    sweep_id, folder = launched.sweep_id, home.sweep(launched.sweep_id)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_sigterm_is_ctrl_c())
+        stack.enter_context(_owning(launched, folder, asked.take_over))
+        sweep = launched.sweep if asked.as_launched else _unchanged(launched.sweep, folder)
+        _check_budget(sweep, asked.add_trials)
+        asked.selection.check(load_record(sweep_id, home.study_url))
+        _say(console, f"sweep {sweep_id} in {home.path}")
+
+        started = time.perf_counter()
+        facts = gather(Path(sweep.source))
+        added = launched.added_trials + asked.add_trials
+        study = reopen_study(sweep, sweep_id, home.study_url, facts, added)
+        recorder = MlflowRecorder(sweep, sweep_id, home.tracking_uri, home.artifacts, facts)
+        open_runs = _open_runs(recorder, console)
+        before = study.read()
+        tracking = Outbox(recorder, folder, _known_runs(before))
+        found = reconcile(study, folder, tracking, asked.selection, open_runs)
+        asks = asked.selection.is_everything or asked.add_trials > 0
+        asks = asks and not before.ended
+        for line in (*found.lines(asks), *study.repairs):
+            _say(console, line)
+        _say(console, f"reconciled in {time.perf_counter() - started:.1f} s")
+
+        queue, told = found.queue, found.to_reopen
+        forgotten = set(found.steps) if asked.selection.from_scratch else set()
+        with _view(console, sweep) as view, _saying_how_to_go_on(console, home, sweep_id):
+            run = SweepRun(study, tracking, folder, view, sweep.faults, queue, asks, told, forgotten)
+            if queue or asks:
+                scheduler = stack.enter_context(_scheduler(sweep, folder))
+                scheduler.check()
+                record = drive(run, scheduler)
+            else:
+                record = run.close()
+        console.print(results(record, console), markup=False, highlight=False)
+        _say(console, next_steps(home, record))
+        return record
+
+
+def stop(prefix: str | None, home: Home, waits: bool = True) -> None:
+    """Ask the driver of a sweep to stop, as one Ctrl-C would, and wait until it has."""
+    console = terminal()
+    home.check()
+    record = load_record(prefix, home.study_url)
+    folder = home.sweep(record.sweep_id)
+    if record.state != "running" or not owner.lives(record.owner):
+        raise CannotStart(
+            f"only a sweep that runs can be stopped, and {record.sweep_id} is "
+            f"{'interrupted' if record.state == 'running' else record.state}"
+        )
+    try:
+        folder.stop.touch()
+    except OSError as error:
+        raise CannotStart(
+            f"a stop is asked for by a file in the sweep's folder, got {folder.path}: {error.strerror}; "
+            f"check --home, or send SIGTERM to {owner.named(record.owner)}"
+        ) from error
+    _say(console, f"asked {owner.named(record.owner)} to stop: the running trials write a checkpoint and end")
+    while waits:
+        record = load_record(record.sweep_id, home.study_url)
+        if record.state != "running" or not owner.lives(record.owner):
+            _say(console, next_steps(home, replace(record, state=state_of(record))))
+            return
+        time.sleep(_POLL_SECONDS)
+
+
+def sync(prefix: str | None, home: Home) -> None:
+    """Make the tracker's copy of a sweep complete, from the study and the trials' files."""
+    console = terminal()
+    home.check()
+    launched = load_launched(prefix, home.study_url)
+    sweep, folder = launched.sweep, home.sweep(launched.sweep_id)
+    with _owning(launched, folder, take_over=False):
+        record = load_record(launched.sweep_id, home.study_url)
+        facts = {**record.facts, "owner": owner.this_process()}
+        recorder = MlflowRecorder(sweep, launched.sweep_id, home.tracking_uri, home.artifacts, facts)
+        synced = synchronise(record, folder, recorder, _known_runs(record))
+        study = reopen_study(sweep, launched.sweep_id, home.study_url, facts, launched.added_trials)
+        for key, run_id in synced.runs.items():
+            study.tracked(key, run_id)
+        study.close(state_of(study.read()))
+    _say(console, str(synced))
+
+
+# --- their parts ------------------------------------------------------------------------------------
+
+
+_OF_A_LAUNCH = {"sweep.yaml", "owner", "stop", "ray"}
+
+
+def _clear_away(folder: SweepFolder, home: Home) -> None:
+    """Remove what a launch left that was killed before its sweep began: nobody could go on with that."""
+    if not folder.path.is_dir():
+        return
+    names = {path.name for path in folder.path.iterdir() if not path.name.startswith(".")}
+    with contextlib.suppress(CannotStart), contextlib.ExitStack() as stack:  # a driver lives: prepare says so
+        if names - _OF_A_LAUNCH or not names:
+            return
+        stack.enter_context(owner.owning(folder))
+        if forget_unlaunched(folder.path.name, home.study_url):
+            shutil.rmtree(folder.path)
+
+
+def _scheduler(sweep: Sweep, folder: SweepFolder) -> RayScheduler:
+    return RayScheduler(sweep.resources, folder.ray, folder.stop, sweep.faults.checkpoint_minutes)
+
+
+@contextlib.contextmanager
+def _owning(launched: Launched, folder: SweepFolder, take_over: bool) -> Iterator[None]:
+    """Be the one driver of a sweep that had another before."""
+    if launched.state == "running" and owner.is_elsewhere(launched.owner) and not take_over:
+        raise CannotStart(
+            f"{owner.busy(launched.sweep_id, launched.owner)}; if that host is gone for good, say --take-over"
+        )
+    folder.path.mkdir(parents=True, exist_ok=True)
+    with owner.owning(folder):
+        yield
+
+
+def _unchanged(launched: Sweep, folder: SweepFolder) -> Sweep:
+    """The sweep as its file says it now; `CannotStart` if that would be another sweep."""
+    try:
+        now = as_it_is_now(launched, folder.sweep_file)
+    except InvalidSweep as error:
+        raise CannotStart(f"{error}\n{_REMEDY}") from error
+    changed = differences(launched, now)
+    if changed:
+        lines = "\n".join(f"  {line}" for line in changed)
+        raise CannotStart(
+            f"a sweep that runs already must keep its meaning, and its file changes\n{lines}\n{_REMEDY}"
+        )
+    if now.text != launched.text:
+        write_whole(folder.sweep_file, now.text)
+    return now
+
+
+_REMEDY = "put it back, go on with the file as it was (--as-launched), or launch it as another sweep"
+
+
+def _check_budget(sweep: Sweep, add_trials: int) -> None:
+    if add_trials and sweep.search.trials is None:
+        raise CannotStart(
+            f"--add-trials adds to search.trials, got {add_trials} for a sweep that runs every combination; "
+            "add to its space, and launch it as another sweep"
+        )
+
+
+def _open_runs(recorder: MlflowRecorder, console: Console) -> Mapping[str, str]:
+    """The runs without an end; none where the tracker cannot be asked: it is a copy, and can wait."""
+    try:
+        recorder.open()
+        return recorder.open_runs()
+    except CannotStart as error:
+        _say(console, f"the tracker does not answer, its records wait in the outbox: {error}")
+        return {}
+
+
+def _known_runs(record: SweepRecord) -> dict[str, str]:
+    return {
+        trial.proposal.key: trial.mlflow_run_id
+        for trial in (*record.baselines, *record.trials)
+        if trial.mlflow_run_id is not None
+    }
+
+
+@contextlib.contextmanager
+def _sigterm_is_ctrl_c() -> Iterator[None]:
+    """Also before the first trial and after the last one, where no trial has to be waited for."""
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, hear)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# --- what is said -----------------------------------------------------------------------------------
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def _view(console: Console, sweep: Sweep) -> Iterator[View]:
+    if not console.is_terminal:
+        yield LineView(console)
+        return
+    with LiveView(console, sweep.objective.metric, sweep.objective.maximize) as view:
+        yield view
+
+
+@contextlib.contextmanager
+def _saying_how_to_go_on(console: Console, home: Home, sweep_id: str) -> Iterator[None]:
+    """Where the ledger fails, there is no record to end with, and the sweep can be resumed all the same."""
+    try:
+        yield
+    except CannotContinue as error:
+        raise CannotContinue(f"{error}\n{_resume_line(home, sweep_id)}") from error
+
+
+def next_steps(home: Home, record: SweepRecord) -> str:
+    """The commands that come next, ready to be copied."""
+    lines = [
+        f"compare the trials in the MLflow UI:  {_command(home, 'ui')}",
+        f"see them again here:                  {_command(home, 'status', record.sweep_id)}",
+    ]
+    if record.state != "completed":
+        lines.append(_resume_line(home, record.sweep_id))
+    return "\n".join(lines)
+
+
+def _resume_line(home: Home, sweep_id: str) -> str:
+    return f"go on from the last checkpoints:      {_command(home, 'resume', sweep_id)}"
+
+
+def _command(home: Home, *words: str) -> str:
+    where = [] if home.path == Path("runs").absolute() else ["--home", str(home.path)]
+    return shlex.join([_python(), "-m", "sweepsvc", *words, *where])
+
+
+def _python() -> str:
+    """This Python, as one would type it here: `.venv/bin/python`."""
+    with contextlib.suppress(ValueError):
+        return str(Path(sys.executable).relative_to(Path.cwd()))
+    return sys.executable
