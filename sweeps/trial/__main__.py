@@ -14,6 +14,7 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
+from typing import Any, Self
 
 from pydantic import ValidationError
 
@@ -33,8 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
     spec = _read(given.spec)
     if spec is None or not _can_write(given.folder):
         return 2
-    asked = _StopOnSignal()
+    with _StopOnSignal() as asked:
+        return _run(given, spec, asked)
 
+
+def _run(given: argparse.Namespace, spec: TrialSpec, asked: _StopOnSignal) -> int:
     from sweeps.trial.base import Resident  # seconds of imports, after the input is known to be good
     from sweeps.trial.run import run_trial
 
@@ -95,8 +99,17 @@ class _StopOnSignal:
 
     def __init__(self) -> None:
         self._came = False
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._hear)
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        self._before = {
+            number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def __call__(self) -> bool:
         return self._came

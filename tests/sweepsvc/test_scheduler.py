@@ -179,8 +179,12 @@ def test_an_exception_in_the_driver_ends_what_is_running_as_interrupted(
         timer.start()
 
     notebook.on_report = interrupt_once
-    with pytest.raises(KeyboardInterrupt):
-        ray_scheduler.run(notebook)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ray_scheduler.run(notebook)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert notebook.outcomes() == ["interrupted"]
 
 
