@@ -316,6 +316,7 @@ class TrialActor(Trainable):
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         self._trial.close()
+        self._preempted = False  # the notice was for the trial before; what comes goes on until it is taken
         self._begin(new_config)
         return True
 

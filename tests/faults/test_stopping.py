@@ -1,57 +1,15 @@
-"""SIGTERM in each phase, `stop` from another terminal, a second signal, a second driver."""
+"""A second Ctrl-C."""
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 
 import pytest
 
-from tests.faults.harness import Place, is_in, reports, same, worker_of
+from tests.faults.harness import Place, is_in, same, worker_of
 
 pytestmark = pytest.mark.slow
-
-
-def test_sigterm_in_each_phase_of_a_trial_is_a_clean_stop_and_nothing_changes_in_the_end(
-    place: Place, uninterrupted: Place
-) -> None:
-    driver = place.launch()
-    for phase, step in (("loading", 0), ("training", 6), ("saving", 0), ("evaluating", 0)):
-        driver.wait_for(is_in(place, "0", phase, step))
-        driver.signal(signal.SIGTERM)
-        assert driver.wait() == 4, driver.everything
-        assert driver.said("the sweep stops: it was asked to stop")
-        assert driver.said("-m sweepsvc resume tiny-1")
-        status = place.status()
-        assert status["state"] == "interrupted"
-        assert {trial["state"] for trial in status["trials"]} <= {"interrupted", "completed"}
-        driver = place.resume()
-    assert driver.wait() == 0, driver.everything
-    same(place, uninterrupted)
-
-
-def test_stop_from_another_terminal_writes_a_checkpoint_and_a_second_driver_is_refused(
-    place: Place, uninterrupted: Place
-) -> None:
-    driver = place.launch()
-    driver.wait_for(is_in(place, "1", "training", 3))
-    second = place.resume()
-    assert second.wait() == 2
-    assert f"tiny-1 is driven by process {driver.pid} on" in "".join(second.errors)
-    stop = place.start("stop", "tiny-1")
-    assert stop.wait() == 0, stop.everything
-    assert stop.said("-m sweepsvc resume tiny-1")
-    assert driver.wait() == 4, driver.everything
-    interrupted = next(trial for trial in place.status()["trials"] if trial["state"] == "interrupted")
-    key = str(interrupted["number"])
-    assert list((place.trial(key) / "checkpoints").glob("step-*"))
-    heard = reports(place, key)[-1][-1][1]
-    driver = place.resume()
-    assert driver.wait() == 0, driver.everything
-    first = next(step for phase, step in reports(place, key)[-1] if phase == "training" and step)
-    assert first >= heard
-    same(place, uninterrupted)
 
 
 def test_a_second_ctrl_c_ends_at_once_and_the_sweep_can_be_resumed(
@@ -68,15 +26,4 @@ def test_a_second_ctrl_c_ends_at_once_and_the_sweep_can_be_resumed(
     assert time.monotonic() - start < 30
     driver = place.resume()
     assert driver.wait() == 0, driver.everything
-    same(place, uninterrupted)
-
-
-def test_a_worker_that_is_given_notice_goes_on_elsewhere(place: Place, uninterrupted: Place) -> None:
-    driver = place.launch()
-    driver.wait_for(is_in(place, "0", "training", 5))
-    worker = worker_of(place, "0")
-    assert worker is not None
-    os.kill(worker, signal.SIGTERM)
-    assert driver.wait() == 0, driver.everything
-    assert driver.said("process_lost: the worker was asked to stop, not by us; tried again (1 of 3)")
     same(place, uninterrupted)
