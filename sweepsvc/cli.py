@@ -155,9 +155,9 @@ def _as_it_stands(record: SweepRecord) -> SweepRecord:
     """A sweep whose driver is gone is interrupted, whatever the driver last wrote."""
     from dataclasses import replace
 
-    from sweepsvc.owner import lives
+    from sweepsvc.owner import is_driven
 
-    if record.state == "running" and lives(record.owner):
+    if is_driven(record.state, record.owner):
         return record
 
     def stopped(trials: Any) -> list[Any]:

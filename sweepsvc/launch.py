@@ -12,10 +12,11 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import TypeVar
+from typing import ParamSpec, TypeVar
 
 from sweeps.errors import CannotContinue, CannotStart, FailureClass
 from sweeps.result import Progress, TrialResult
+from sweeps.signals import handled
 from sweeps.sweep import Faults, Retries, Sweep
 from sweeps.trial.paths import TrialFolder, write_whole
 from sweepsvc import owner
@@ -23,6 +24,7 @@ from sweepsvc.home import Home, SweepFolder
 from sweepsvc.protocols import Later, Proposal, Scheduler, Study, SweepRecord, SweepState, Tracking
 from sweepsvc.view import View
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -97,7 +99,7 @@ class SweepRun:
         """Open for another attempt, without the last word of an earlier one, which would pass for its own."""
         if proposal.key in self._told:
             self._told.discard(proposal.key)
-            self._written(lambda: self._study.reopen(proposal))
+            self._written(self._study.reopen, proposal)
         files = TrialFolder(self.folder(proposal))
         try:
             if proposal.key in self._forgotten:
@@ -113,7 +115,7 @@ class SweepRun:
         return proposal
 
     def started(self, proposal: Proposal) -> None:
-        attempt = self._written(lambda: self._study.started(proposal)) or 1
+        attempt = self._written(self._study.started, proposal) or 1
         self._tracking.start(proposal, attempt)
         self._view.started(proposal)
         self._catch_up()
@@ -127,7 +129,7 @@ class SweepRun:
         self._open.discard(proposal.key)
         if self._is_tried_again(proposal, result):
             return
-        self._written(lambda: self._study.tell(proposal, result))
+        self._written(self._study.tell, proposal, result)
         self._view.ended(proposal, result)
         self._tracking.end(proposal, result)
         self._count(proposal, result)
@@ -138,7 +140,7 @@ class SweepRun:
 
     def _end_unfinished(self, proposal: Proposal) -> None:
         result = TrialResult(outcome="interrupted")
-        self._written(lambda: self._study.tell(proposal, result))
+        self._written(self._study.tell, proposal, result)
         self._tracking.end(proposal, result)
 
     # Trying again
@@ -155,7 +157,7 @@ class SweepRun:
         message = result.failure.message if result.failure else "the worker was asked to stop, not by us"
         when = f" in {pause:.0f} s" if pause else ""
         why = f"{kind}: {message}"
-        self._written(lambda: self._study.setback(proposal, why))
+        self._written(self._study.setback, proposal, why)
         self._view.again(proposal, f"{why}; tried again{when} ({tries} of {most})")
         self._paused.append((time.monotonic() + pause, proposal))
         return True
@@ -194,20 +196,23 @@ class SweepRun:
 
     def ask_to_stop(self) -> None:
         """Hand out no more, and have every worker write a checkpoint and end."""
+        self._stop_workers()
+        self._stop_because("it was asked to stop; what runs writes a checkpoint and ends (again: at once)")
+
+    def _stop_workers(self) -> None:
         with contextlib.suppress(OSError):  # on a full disk those that run go on to their ends
             self._folder.stop.touch()
-        self._stop_because("it was asked to stop; what runs writes a checkpoint and ends (again: at once)")
 
     def _break(self, error: CannotContinue) -> None:
         if self.broken_by is None:
             self.broken_by = error
             self._stop_because(str(error))
-            with contextlib.suppress(OSError):
-                self._folder.stop.touch()
+            self._stop_workers()
 
-    def _written(self, write: Callable[[], T]) -> T | None:
+    def _written(self, write: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T | None:
+        """What `write` gives; None, and the sweep stops, where the ledger cannot be written."""
         try:
-            return write()
+            return write(*arguments, **options)
         except CannotContinue as error:
             self._break(error)
             return None
@@ -217,7 +222,7 @@ class SweepRun:
     def _catch_up(self) -> None:
         """Hear from the tracker: which runs it has opened, and whether it fails."""
         for key, run_id in self._tracking.opened():
-            self._written(lambda key=key, run_id=run_id: self._study.tracked(key, run_id))  # type: ignore[misc]
+            self._written(self._study.tracked, key, run_id)
         for note in self._tracking.notes():
             self._view.note(note)
 
@@ -234,7 +239,7 @@ class SweepRun:
         for _, proposal in self._paused:
             self._end_unfinished(proposal)
         state = state_of(self._study.read())
-        self._written(lambda: self._study.close(state))
+        self._written(self._study.close, state)
         self._tracking.close(state)
         self._catch_up()
         if self.broken_by is not None:
@@ -334,21 +339,12 @@ def drive(run: SweepRun, scheduler: Scheduler) -> SweepRecord:
     The first SIGINT or SIGTERM has the running trials write a checkpoint and end as interrupted, the second
     ends them at once. Raises `CannotContinue` if the ledger could not be written.
     """
-    with contextlib.suppress(KeyboardInterrupt), _gently(run):
-        scheduler.run(run)
-    return run.close()
 
-
-@contextlib.contextmanager
-def _gently(run: SweepRun) -> Iterator[None]:
     def hear(number: int, frame: FrameType | None) -> None:
         if run.stopped_because:
             raise KeyboardInterrupt
         run.ask_to_stop()
 
-    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with contextlib.suppress(KeyboardInterrupt), handled(hear, signal.SIGINT, signal.SIGTERM):
+        scheduler.run(run)
+    return run.close()

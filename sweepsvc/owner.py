@@ -37,6 +37,11 @@ def lives(owner: str) -> bool:
         return False
 
 
+def is_driven(state: str, owner: str) -> bool:
+    """Whether a sweep in that state runs; a driver that was killed has left "running" behind."""
+    return state == "running" and lives(owner)
+
+
 def is_elsewhere(owner: str) -> bool:
     """Whether it is a process of another host, of which nothing can be known from here."""
     return owner.count(":") >= 2 and owner.rsplit(":", 2)[0] != socket.gethostname()

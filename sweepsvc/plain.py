@@ -18,7 +18,15 @@ from sweeps.sweep import Sweep
 from sweeps.trial.paths import TrialFolder
 from sweepsvc.proposing import Proposer, baseline_proposals
 from sweepsvc.protocols import Conductor, Later, Proposal, Report, SweepRecord, SweepState
-from sweepsvc.records import proposal_entry, result_entry, started_entry, trial_record
+from sweepsvc.records import (
+    another_attempt,
+    proposal_entry,
+    reopened,
+    result_entry,
+    trial_record,
+    with_run,
+    with_setback,
+)
 
 # --- study ------------------------------------------------------------------------------------------
 
@@ -56,18 +64,15 @@ class PlainStudy:
         return asked.proposal
 
     def started(self, proposal: Proposal) -> int:
-        before = self._entry(proposal.key).get("started", started_entry())
-        attempt = int(before["attempts"]) + 1
-        self._entry(proposal.key)["started"] = {**before, "attempts": attempt}
-        return attempt
+        begun = another_attempt(self._entry(proposal.key))
+        self._entry(proposal.key)["started"] = begun
+        return int(begun["attempts"])
 
     def tracked(self, key: str, mlflow_run_id: str) -> None:
-        before = self._entry(key).get("started", started_entry())
-        self._entry(key)["started"] = {**before, "mlflow_run_id": mlflow_run_id}
+        self._entry(key)["started"] = with_run(self._entry(key), mlflow_run_id)
 
     def setback(self, proposal: Proposal, why: str) -> None:
-        before = self._entry(proposal.key).get("started", started_entry())
-        self._entry(proposal.key)["started"] = {**before, "setbacks": [*before["setbacks"], why]}
+        self._entry(proposal.key)["started"] = with_setback(self._entry(proposal.key), why)
 
     def tell(self, proposal: Proposal, result: TrialResult) -> None:
         entry = self._entry(proposal.key)
@@ -78,12 +83,7 @@ class PlainStudy:
         entry["result"] = result_entry(result)
 
     def reopen(self, proposal: Proposal) -> None:
-        outcome = self._entry(proposal.key).get("result", {}).get("outcome")
-        if outcome not in ("failed", "interrupted"):
-            raise ValueError(
-                f"only what failed or was interrupted runs again, got {proposal.key} ({outcome}); leave it"
-            )
-        del self._entry(proposal.key)["result"]
+        self._entries[proposal.key] = reopened(self._entry(proposal.key))
 
     def _entry(self, key: str) -> dict[str, Any]:
         if key not in self._entries:

@@ -35,6 +35,36 @@ def started_entry(
     return {"attempts": attempts, "mlflow_run_id": mlflow_run_id, "setbacks": list(setbacks)}
 
 
+def another_attempt(entry: Entry) -> dict[str, Any]:
+    """The trial's `started`, with one attempt more."""
+    before = _started(entry)
+    return {**before, "attempts": before["attempts"] + 1}
+
+
+def with_run(entry: Entry, mlflow_run_id: str) -> dict[str, Any]:
+    """The trial's `started`, with its run in the tracker."""
+    return {**_started(entry), "mlflow_run_id": mlflow_run_id}
+
+
+def with_setback(entry: Entry, why: str) -> dict[str, Any]:
+    """The trial's `started`, with one attempt that came to nothing."""
+    before = _started(entry)
+    return {**before, "setbacks": [*before["setbacks"], why]}
+
+
+def _started(entry: Entry) -> dict[str, Any]:
+    return dict(entry.get("started", started_entry()))
+
+
+def reopened(entry: Entry) -> dict[str, Any]:
+    """The entry of a trial that runs again; ValueError where it has not failed or been interrupted."""
+    outcome = entry.get("result", {}).get("outcome")
+    if outcome not in ("failed", "interrupted"):
+        key = entry["proposal"]["key"]
+        raise ValueError(f"only what failed or was interrupted runs again, got {key} ({outcome}); leave it")
+    return {name: value for name, value in entry.items() if name != "result"}
+
+
 def result_entry(result: TrialResult) -> dict[str, Any]:
     """Written when a trial ends, once."""
     entry: dict[str, Any] = json.loads(result.model_dump_json())
@@ -48,7 +78,7 @@ def result_of(entry: Entry) -> TrialResult:
 
 def trial_record(entry: Entry, metric: str) -> TrialRecord:
     """What `entry` says, with the trial's value of the objective's `metric`."""
-    started = entry.get("started", started_entry())
+    started = _started(entry)
     result = result_of(entry) if "result" in entry else None
     return TrialRecord(
         proposal=proposal_of(entry["proposal"]),

@@ -161,7 +161,7 @@ def _settle(
             found.to_reopen.add(proposal.key)
         if trial.state == "waiting":
             found.to_start.append(proposal.key)
-        step = 0 if selection.from_scratch else last_step(files)
+        step = 0 if selection.from_scratch else files.last_checkpoint_step()
         found.steps[proposal.key] = step
         if was_running and not step and trial.state == "running":
             found.lost.append(proposal.key)
@@ -173,12 +173,6 @@ def _settle(
     elif trial.state != "waiting":
         failure = trial.result.failure if trial.result else None
         found.left[proposal.key] = f"{trial.state}: {failure.kind}" if failure else trial.state
-
-
-def last_step(files: TrialFolder) -> int:
-    """The step of the newest checkpoint, whole or not; 0 without any."""
-    steps = [path.name.removeprefix("step-") for path in files.checkpoints.glob("step-*")]
-    return max((int(step) for step in steps if step.isdecimal()), default=0)
 
 
 def _last_word(files: TrialFolder, spec: TrialSpec, found: Findings) -> TrialResult | None:

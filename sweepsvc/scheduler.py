@@ -14,7 +14,7 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
@@ -27,6 +27,7 @@ from ray.tune.search import Searcher
 
 from sweeps.errors import CannotStart, Interrupted, TrialError, failure_class
 from sweeps.result import Failure, Progress, TrialResult
+from sweeps.signals import handled
 from sweeps.spec import TrialSpec
 from sweeps.sweep import CHECKPOINT_MINUTES, Resources
 from sweeps.trial.causes import disk_full
@@ -136,7 +137,8 @@ class RayScheduler:
         try:
             tuner.fit()
         finally:
-            with _undisturbed():
+            # Ctrl-C waits: the states of the last trials are being written
+            with handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):
                 placed.close_open_trials()
 
     def _bundle(self) -> dict[str, float]:
@@ -372,14 +374,3 @@ def _named(path: str) -> Callable[[], Any]:
     module, name = path.split(":")
     factory: Callable[[], Any] = getattr(importlib.import_module(module), name)
     return factory
-
-
-@contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Ctrl-C waits: the states of the last trials are being written."""
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

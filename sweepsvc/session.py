@@ -11,11 +11,11 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 
 from rich.console import Console
 
 from sweeps.errors import CannotContinue, CannotStart, InvalidSweep
+from sweeps.signals import handled
 from sweeps.sweep import Sweep
 from sweeps.trial.paths import write_whole
 from sweepsvc import owner
@@ -59,7 +59,8 @@ def launch(sweep: Sweep, home: Home, sweep_id: str) -> SweepRecord:
     """Run a sweep from its start; how it stands at the end."""
     console = terminal()
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_sigterm_is_ctrl_c())
+        # Also before the first trial and after the last one, where no trial has to be waited for.
+        stack.enter_context(handled(signal.default_int_handler, signal.SIGTERM))
         _say(console, f"sweep {sweep_id} in {home.path}")
         facts = gather(Path(sweep.source))
         scheduler = stack.enter_context(_scheduler(sweep, home.sweep(sweep_id)))
@@ -76,9 +77,7 @@ def launch(sweep: Sweep, home: Home, sweep_id: str) -> SweepRecord:
         with _view(console, sweep) as view, _saying_how_to_go_on(console, home, sweep_id):
             run = SweepRun(study, Outbox(recorder, folder), folder, view, sweep.faults, baselines)
             record = drive(run, scheduler)
-        console.print(results(record, console), markup=False, highlight=False)
-        _say(console, next_steps(home, record))
-        return record
+        return _shown(console, home, record)
 
 
 def resume(prefix: str, home: Home, asked: Asked) -> SweepRecord:
@@ -88,24 +87,27 @@ def resume(prefix: str, home: Home, asked: Asked) -> SweepRecord:
     launched = load_launched(prefix, home.study_url)
     sweep_id, folder = launched.sweep_id, home.sweep(launched.sweep_id)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_sigterm_is_ctrl_c())
+        # Also before the first trial and after the last one, where no trial has to be waited for.
+        stack.enter_context(handled(signal.default_int_handler, signal.SIGTERM))
         stack.enter_context(_owning(launched, folder, asked.take_over))
         sweep = launched.sweep if asked.as_launched else _unchanged(launched.sweep, folder)
         _check_budget(sweep, asked.add_trials)
-        asked.selection.check(load_record(sweep_id, home.study_url))
+        before = load_record(sweep_id, home.study_url)
+        asked.selection.check(before)
         _say(console, f"sweep {sweep_id} in {home.path}")
 
         started = time.perf_counter()
         facts = gather(Path(sweep.source))
         added = launched.added_trials + asked.add_trials
         study = reopen_study(sweep, sweep_id, home.study_url, facts, added)
+        if sweep.text != launched.sweep.text:
+            write_whole(folder.sweep_file, sweep.text)
         recorder = MlflowRecorder(sweep, sweep_id, home.tracking_uri, home.artifacts, facts)
         open_runs = _open_runs(recorder, console)
-        before = study.read()
         tracking = Outbox(recorder, folder, _known_runs(before))
         found = reconcile(study, folder, tracking, asked.selection, open_runs)
         asks = asked.selection.is_everything or asked.add_trials > 0
-        asks = asks and not before.ended
+        asks = asks and not study.has_ended
         for line in (*found.lines(asks), *study.repairs):
             _say(console, line)
         _say(console, f"reconciled in {time.perf_counter() - started:.1f} s")
@@ -120,9 +122,7 @@ def resume(prefix: str, home: Home, asked: Asked) -> SweepRecord:
                 record = drive(run, scheduler)
             else:
                 record = run.close()
-        console.print(results(record, console), markup=False, highlight=False)
-        _say(console, next_steps(home, record))
-        return record
+        return _shown(console, home, record)
 
 
 def stop(prefix: str | None, home: Home, waits: bool = True) -> None:
@@ -131,7 +131,7 @@ def stop(prefix: str | None, home: Home, waits: bool = True) -> None:
     home.check()
     record = load_record(prefix, home.study_url)
     folder = home.sweep(record.sweep_id)
-    if record.state != "running" or not owner.lives(record.owner):
+    if not owner.is_driven(record.state, record.owner):
         raise CannotStart(
             f"only a sweep that runs can be stopped, and {record.sweep_id} is "
             f"{'interrupted' if record.state == 'running' else record.state}"
@@ -144,12 +144,17 @@ def stop(prefix: str | None, home: Home, waits: bool = True) -> None:
             f"check --home, or send SIGTERM to {owner.named(record.owner)}"
         ) from error
     _say(console, f"asked {owner.named(record.owner)} to stop: the running trials write a checkpoint and end")
-    while waits:
+    if waits:
+        # Without its trials, which may be thousands.
+        while owner.is_driven(*_state_and_driver(record.sweep_id, home)):
+            time.sleep(_POLL_SECONDS)
         record = load_record(record.sweep_id, home.study_url)
-        if record.state != "running" or not owner.lives(record.owner):
-            _say(console, next_steps(home, replace(record, state=state_of(record))))
-            return
-        time.sleep(_POLL_SECONDS)
+        _say(console, next_steps(home, replace(record, state=state_of(record))))
+
+
+def _state_and_driver(sweep_id: str, home: Home) -> tuple[str, str]:
+    launched = load_launched(sweep_id, home.study_url)
+    return launched.state, launched.owner
 
 
 def sync(prefix: str | None, home: Home) -> None:
@@ -181,10 +186,9 @@ def _clear_away(folder: SweepFolder, home: Home) -> None:
     if not folder.path.is_dir():
         return
     names = {path.name for path in folder.path.iterdir() if not path.name.startswith(".")}
-    with contextlib.suppress(CannotStart), contextlib.ExitStack() as stack:  # a driver lives: prepare says so
-        if names - _OF_A_LAUNCH or not names:
-            return
-        stack.enter_context(owner.owning(folder))
+    if names - _OF_A_LAUNCH or not names:
+        return
+    with contextlib.suppress(CannotStart), owner.owning(folder):  # if a driver lives, prepare says so
         if forget_unlaunched(folder.path.name, home.study_url):
             shutil.rmtree(folder.path)
 
@@ -217,8 +221,6 @@ def _unchanged(launched: Sweep, folder: SweepFolder) -> Sweep:
         raise CannotStart(
             f"a sweep that runs already must keep its meaning, and its file changes\n{lines}\n{_REMEDY}"
         )
-    if now.text != launched.text:
-        write_whole(folder.sweep_file, now.text)
     return now
 
 
@@ -251,21 +253,14 @@ def _known_runs(record: SweepRecord) -> dict[str, str]:
     }
 
 
-@contextlib.contextmanager
-def _sigterm_is_ctrl_c() -> Iterator[None]:
-    """Also before the first trial and after the last one, where no trial has to be waited for."""
-
-    def hear(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, hear)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
 # --- what is said -----------------------------------------------------------------------------------
+
+
+def _shown(console: Console, home: Home, record: SweepRecord) -> SweepRecord:
+    """`record`, after a person has seen how the sweep stands and what comes next."""
+    console.print(results(record, console), markup=False, highlight=False)
+    _say(console, next_steps(home, record))
+    return record
 
 
 def _say(console: Console, text: str) -> None:

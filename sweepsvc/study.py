@@ -52,14 +52,17 @@ from sweepsvc.proposing import Asked, Proposer, baseline_proposals
 from sweepsvc.protocols import Proposal, SweepRecord, SweepState, SweepSummary, TrialRecord
 from sweepsvc.records import (
     Entry,
+    another_attempt,
     objective_value,
     proposal_entry,
     proposal_of,
+    reopened,
     result_entry,
     result_of,
-    started_entry,
     trial_record,
     trial_state,
+    with_run,
+    with_setback,
 )
 from sweepsvc.urls import masked, sqlite_file
 
@@ -380,7 +383,7 @@ class OptunaStudy:
         self._rows = kept.rows
         self._proposer = Proposer(sweep, self._source, kept.asked())
         self._baselines = kept.baselines
-        self._has_ended = study.user_attrs.get("ended", False)
+        self.has_ended = study.user_attrs.get("ended", False)
         self.repairs = self._repaired(kept)
 
     @property
@@ -411,9 +414,9 @@ class OptunaStudy:
         return asked.proposal
 
     def _note_the_end(self) -> None:
-        if not self._has_ended:
+        if not self.has_ended:
             self._study.set_user_attr("ended", True)
-        self._has_ended = True
+        self.has_ended = True
 
     def _keep_draw(self, entry: Entry) -> int:
         """The sampler's draw becomes the trial; its number among Optuna's."""
@@ -434,25 +437,23 @@ class OptunaStudy:
         return int(self._storage.get_trial(trial_id).number)
 
     def started(self, proposal: Proposal) -> int:
-        before = self._entry(proposal.key).get("started", started_entry())
-        attempt = int(before["attempts"]) + 1
-        self._write(proposal.key, "started", {**before, "attempts": attempt})
-        return attempt
+        begun = another_attempt(self._entry(proposal.key))
+        self._write(proposal.key, "started", begun)
+        return int(begun["attempts"])
 
     def tracked(self, key: str, mlflow_run_id: str) -> None:
         entry = self._entry(key)
-        before = entry.get("started", started_entry())
-        if before["mlflow_run_id"] == mlflow_run_id:
+        known = with_run(entry, mlflow_run_id)
+        if known == entry.get("started"):
             return
         if "result" not in entry:
-            self._write(key, "started", {**before, "mlflow_run_id": mlflow_run_id})
+            self._write(key, "started", known)
             return
         with _writing():  # Optuna changes nothing of a trial that has ended
             self._study.set_user_attr(_RUN + key, mlflow_run_id)
 
     def setback(self, proposal: Proposal, why: str) -> None:
-        before = self._entry(proposal.key).get("started", started_entry())
-        self._write(proposal.key, "started", {**before, "setbacks": [*before["setbacks"], why]})
+        self._write(proposal.key, "started", with_setback(self._entry(proposal.key), why))
 
     def tell(self, proposal: Proposal, result: TrialResult) -> None:
         if "result" in self._entry(proposal.key):
@@ -478,13 +479,7 @@ class OptunaStudy:
             self._study.tell(self._rows[key].number, value, state=state)
 
     def reopen(self, proposal: Proposal) -> None:
-        entry = self._entry(proposal.key)
-        outcome = entry.get("result", {}).get("outcome")
-        if outcome not in ("failed", "interrupted"):
-            raise ValueError(
-                f"only what failed or was interrupted runs again, got {proposal.key} ({outcome}); leave it"
-            )
-        again = {name: value for name, value in entry.items() if name != "result"}
+        again = reopened(self._entry(proposal.key))
         if proposal.is_baseline:
             self._write_baseline(proposal.key, again)
             return

@@ -134,6 +134,15 @@ def tiny_spec(model: Path, rows: Path, **overrides: Any) -> TrialSpec:
     return TrialSpec.model_validate(sections)
 
 
+def changed(spec: TrialSpec, **overrides: Any) -> TrialSpec:
+    """`spec` with other values: `changed(spec, lora__r=4)`."""
+    sections = spec.model_dump(mode="json")
+    for path, value in overrides.items():
+        section, name = path.split("__")
+        sections[section][name] = value
+    return TrialSpec.model_validate(sections)
+
+
 def save_rows(path: Path) -> Path:
     path.write_text(json.dumps(alpaca_rows(), indent=1), encoding="utf-8")
     return path

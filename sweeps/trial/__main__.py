@@ -14,12 +14,12 @@ import signal
 import sys
 from pathlib import Path
 from types import FrameType
-from typing import Any, Self
 
 from pydantic import ValidationError
 
 from sweeps.errors import Interrupted, TrialError
 from sweeps.result import Progress, TrialResult
+from sweeps.signals import handled
 from sweeps.spec import TrialSpec
 from sweeps.sweep import CHECKPOINT_MINUTES
 from sweeps.trial.keeping import Keeping
@@ -34,7 +34,8 @@ def main(arguments: list[str] | None = None) -> int:
     spec = _read(given.spec)
     if spec is None or not _can_write(given.folder):
         return 2
-    with _StopOnSignal() as asked:
+    asked = _StopOnSignal()
+    with handled(asked.hear, signal.SIGTERM, signal.SIGINT):
         return _run(given, spec, asked)
 
 
@@ -99,22 +100,11 @@ class _StopOnSignal:
 
     def __init__(self) -> None:
         self._came = False
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        self._before = {
-            number: signal.signal(number, self._hear) for number in (signal.SIGTERM, signal.SIGINT)
-        }
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
 
     def __call__(self) -> bool:
         return self._came
 
-    def _hear(self, number: int, frame: FrameType | None) -> None:
+    def hear(self, number: int, frame: FrameType | None) -> None:
         if self._came:
             raise KeyboardInterrupt
         self._came = True

@@ -27,7 +27,7 @@ from sweeps.errors import Interrupted
 from sweeps.trial.causes import os_error_number
 from sweeps.trial.finetune import Training
 from sweeps.trial.keeping import Keeping
-from sweeps.trial.paths import remove, whole_folder
+from sweeps.trial.paths import CHECKPOINT, remove, whole_folder
 
 FORMAT = 1
 """Counts up whenever an older reader, or an older file, would be misunderstood."""
@@ -65,7 +65,7 @@ class Checkpoints:
     def newest(self) -> tuple[Checkpoint | None, list[str]]:
         """The newest checkpoint that can be trusted, and for each newer one the reason why it was refused."""
         refused = []
-        for path in sorted(self._folder.glob("step-*"), reverse=True):
+        for path in sorted(self._folder.glob(f"{CHECKPOINT}*"), reverse=True):
             try:
                 checkpoint = self._read(path)
             except (_Refused, OSError, SafetensorError) as error:
@@ -82,7 +82,7 @@ class Checkpoints:
 
         Raises `OSError` or `SafetensorError` where it cannot be written; those before it are then untouched.
         """
-        path = self._folder / f"step-{step:08d}"
+        path = self._folder / f"{CHECKPOINT}{step:08d}"
         with whole_folder(path) as draft:
             save_file(
                 {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, draft / _TENSORS
@@ -91,7 +91,7 @@ class Checkpoints:
             (draft / _MANIFEST).write_text(self._manifest(draft), encoding="utf-8")
         kept = {path, self._last_good}
         self._last_good = path
-        for other in self._folder.glob("step-*"):
+        for other in self._folder.glob(f"{CHECKPOINT}*"):
             if other not in kept:
                 with contextlib.suppress(OSError):  # the next write tries again
                     remove(other)

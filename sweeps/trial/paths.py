@@ -68,6 +68,10 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+CHECKPOINT = "step-"
+"""What the name of a checkpoint's folder begins with; its step follows."""
+
+
 class TrialFolder:
     """The folder of one trial, `runs/<sweep-id>/trials/<number>/`.
 
@@ -99,6 +103,11 @@ class TrialFolder:
         if not self.result.exists():
             return None
         return TrialResult.model_validate_json(self.result.read_text(encoding="utf-8"))
+
+    def last_checkpoint_step(self) -> int:
+        """The step of the newest checkpoint, whole or not; 0 without any."""
+        steps = [path.name.removeprefix(CHECKPOINT) for path in self.checkpoints.glob(f"{CHECKPOINT}*")]
+        return max((int(step) for step in steps if step.isdecimal()), default=0)
 
     def is_final(self, spec: TrialSpec) -> bool:
         """Whether `spec` has completed here: then nothing is to be computed again."""

@@ -15,8 +15,6 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-from sweepsvc.tracklog import TrackLog
-
 ROOT = Path(__file__).parents[2]
 SWEEP_ID = "tiny-1"
 
@@ -31,14 +29,14 @@ trial:
   train:     {{batch_size: 2, samples: {samples}, token_budget: 1024, log_every: 1, eval_every: 5}}
   evaluate:  {{tasks: [rivers], task_dir: {tasks}}}
 search:
-  sampler: {sampler}
+  sampler: grid
   trials: 4
   space:
     lora.r: [2, 4]
     lora.alpha: ["2*r", 1]
 baseline: true
 resources: {{gpus: 0}}
-faults: {{checkpoint_minutes: {minutes}}}
+faults: {{checkpoint_minutes: 0}}
 """
 
 _TIMES = ("seconds", "peak_memory", "peak_host", "tokens_per_second")
@@ -55,17 +53,14 @@ class Place:
         tasks: Path,
         *,
         steps: int = 20,
-        sampler: str = "grid",
-        minutes: float = 0.0,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.home = folder / "home"
         self.file = folder / "tiny.yaml"
-        self.environment: dict[str, str] = {}
         self.drivers: list[Driver] = []
-        given = {"model": model, "rows": rows, "tasks": tasks, "sampler": sampler, "minutes": minutes}
-        self.file.write_text(SWEEP.format(samples=2 * steps, **given), encoding="utf-8")
+        text = SWEEP.format(samples=2 * steps, model=model, rows=rows, tasks=tasks)
+        self.file.write_text(text, encoding="utf-8")
 
     @property
     def sweep(self) -> Path:
@@ -113,7 +108,7 @@ class Driver:
         self._process = subprocess.Popen(
             command,
             cwd=ROOT,
-            env=environment | place.environment,
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -126,10 +121,6 @@ class Driver:
         ]
         for reader in self._readers:
             reader.start()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
 
     @property
     def text(self) -> str:
@@ -298,17 +289,3 @@ def same(place: Place, other: Place) -> None:
     assert results(place) == results(other)
     assert adapters(place) == adapters(other)
     assert tracked(place) == tracked(other)
-
-
-__all__ = [
-    "Driver",
-    "Place",
-    "TrackLog",
-    "adapters",
-    "is_in",
-    "ledger",
-    "reports",
-    "results",
-    "same",
-    "tracked",
-]

@@ -28,7 +28,7 @@ from sweeps.trial.base import Resident
 from sweeps.trial.keeping import Keeping
 from sweeps.trial.lock import FolderLock
 from sweeps.trial.paths import TrialFolder
-from tests.tiny import save_task, tiny_spec
+from tests.tiny import changed, save_task, tiny_spec
 
 STEPS = 6
 EVERY_STEP = Keeping(checkpoint_minutes=0)
@@ -58,14 +58,6 @@ def spec(tiny_model_dir: Path, alpaca_rows_file: Path, tmp_path_factory: pytest.
         **{"evaluate.limit": 4, "evaluate.batch_size": 4},
         **{"data.held_out": 0.1, "train.token_budget": 240},
     )
-
-
-def changed(spec: TrialSpec, **overrides: Any) -> TrialSpec:
-    sections = spec.model_dump(mode="json")
-    for path, value in overrides.items():
-        section, name = path.split("__")
-        sections[section][name] = value
-    return TrialSpec.model_validate(sections)
 
 
 @pytest.fixture(scope="module")

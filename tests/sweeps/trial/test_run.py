@@ -17,7 +17,7 @@ from sweeps.spec import TrialSpec
 from sweeps.trial import run as trial
 from sweeps.trial.base import Resident
 from sweeps.trial.paths import TrialFolder
-from tests.tiny import save_task, tiny_spec
+from tests.tiny import changed, save_task, tiny_spec
 
 
 @pytest.fixture(scope="module")
@@ -29,14 +29,6 @@ def task_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def spec(tiny_model_dir: Path, alpaca_rows_file: Path, task_dir: Path) -> TrialSpec:
     evaluate = {"evaluate.tasks": ["rivers"], "evaluate.task_dir": str(task_dir)}
     return tiny_spec(tiny_model_dir, alpaca_rows_file, **{"lora.dropout": 0.1, **evaluate})
-
-
-def changed(spec: TrialSpec, **overrides: Any) -> TrialSpec:
-    sections = spec.model_dump(mode="json")
-    for path, value in overrides.items():
-        section, name = path.split("__")
-        sections[section][name] = value
-    return TrialSpec.model_validate(sections)
 
 
 def ran(
