@@ -33,6 +33,7 @@ from sweepsvc.scheduler import RayScheduler
 from sweepsvc.study import open_study
 from sweepsvc.view import LineView
 
+SWEEP_ID = "overhead-1"
 SWEEP = """
 name: overhead
 trial: {{evaluate: {{tasks: [blimp_causative]}}}}
@@ -79,7 +80,7 @@ def measure(trials: int, sampler: str, parallel: int, place: Path) -> tuple[list
     """When each trial ended, in seconds, and the wall seconds of the whole sweep."""
     text = SWEEP.format(sampler=sampler, trials=trials, parallel=parallel)
     sweep = load_sweep_text(text, str(place / "overhead.yaml"), (), place)
-    home, sweep_id = Home(place), "overhead-1"
+    home, sweep_id = Home(place), SWEEP_ID
     facts = gather(Path(sweep.source))
     start = time.perf_counter()
     runner = "benchmarks.overhead:NoOpTrials"

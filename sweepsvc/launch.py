@@ -105,10 +105,10 @@ class SweepRun:
             if proposal.key in self._forgotten:
                 files.forget()
                 self._forgotten.discard(proposal.key)
-            elif not has_completed(files):
+            elif not files.is_final(proposal.spec):
                 files.result.unlink(missing_ok=True)
         except OSError as error:
-            self._break(
+            self.give_up(
                 CannotContinue(f"the trial's folder must be writable, got {files.path}: {error.strerror}")
             )
             return None
@@ -203,7 +203,8 @@ class SweepRun:
         with contextlib.suppress(OSError):  # on a full disk those that run go on to their ends
             self._folder.stop.touch()
 
-    def _break(self, error: CannotContinue) -> None:
+    def give_up(self, error: CannotContinue) -> None:
+        """Stop the sweep, which cannot go on for that reason."""
         if self.broken_by is None:
             self.broken_by = error
             self._stop_because(str(error))
@@ -214,7 +215,7 @@ class SweepRun:
         try:
             return write(*arguments, **options)
         except CannotContinue as error:
-            self._break(error)
+            self.give_up(error)
             return None
 
     # The tracker
@@ -253,15 +254,6 @@ def state_of(record: SweepRecord) -> SweepState:
     if not record.ended or states & {"waiting", "running", "interrupted"}:
         return "interrupted"
     return "failed" if "failed" in states else "completed"
-
-
-def has_completed(files: TrialFolder) -> bool:
-    """Whether the worker's last word is a result that stands, whoever has heard of it."""
-    try:
-        result = files.read_result()
-    except (OSError, ValueError):
-        return False
-    return result is not None and result.outcome in ("completed", "pruned")
 
 
 def _to_be_mended(proposal: Proposal, result: TrialResult) -> FailureClass | None:
@@ -337,7 +329,8 @@ def drive(run: SweepRun, scheduler: Scheduler) -> SweepRecord:
     """Run the sweep to its end, or until a person stops it; how it stands then.
 
     The first SIGINT or SIGTERM has the running trials write a checkpoint and end as interrupted, the second
-    ends them at once. Raises `CannotContinue` if the ledger could not be written.
+    ends them at once. Raises `CannotContinue` if the ledger could not be written, or the scheduler
+    failed.
     """
 
     def hear(number: int, frame: FrameType | None) -> None:
@@ -346,5 +339,8 @@ def drive(run: SweepRun, scheduler: Scheduler) -> SweepRecord:
         run.ask_to_stop()
 
     with contextlib.suppress(KeyboardInterrupt), handled(hear, signal.SIGINT, signal.SIGTERM):
-        scheduler.run(run)
+        try:
+            scheduler.run(run)
+        except CannotContinue as error:
+            run.give_up(error)
     return run.close()

@@ -345,10 +345,6 @@ class MlflowRecorder:
         running = self._reach(lambda: self._search("attributes.status = 'RUNNING'"))
         return {run.data.tags["trial"]: str(run.info.run_id) for run in running if "trial" in run.data.tags}
 
-    def terminate(self, run_id: str, state: TrialState) -> None:
-        """Close a run that was left open."""
-        self._client.set_terminated(run_id, _RUN_STATUS[state])
-
     def runs(self) -> Mapping[str, Sequence[str]]:
         """The runs of the sweep's trials by their keys, the oldest of each first."""
         found: dict[str, list[str]] = {}

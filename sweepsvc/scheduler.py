@@ -14,18 +14,20 @@ import os
 import signal
 import time
 import traceback
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
 import ray
 from ray import tune
+from ray.exceptions import RayError
 from ray.tune import Callback, FailureConfig, RunConfig, Trainable, TuneConfig, Tuner
+from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
 from ray.tune.search import Searcher
 
-from sweeps.errors import CannotStart, Interrupted, TrialError, failure_class
+from sweeps.errors import CannotContinue, CannotStart, Interrupted, TrialError, failure_class
 from sweeps.result import Failure, Progress, TrialResult
 from sweeps.signals import handled
 from sweeps.spec import TrialSpec
@@ -50,6 +52,10 @@ _ENVIRONMENT = {
     # The study is the ledger: Tune's own snapshots are never read, so write hardly any.
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",
 }
+
+
+_MUTED = ("ray.tune.tune", "ray.tune.execution.experiment_state")
+"""Loggers of Tune: which trials failed, we say; that its snapshots find no room, nobody needs to know."""
 
 
 class Runner(Protocol):
@@ -94,6 +100,8 @@ class RayScheduler:
             raise CannotStart(
                 f"Ray must start or be reachable, got {address}: {error}; check RAY_ADDRESS"
             ) from error
+        for name in _MUTED:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -107,6 +115,7 @@ class RayScheduler:
         """Run until the conductor has nothing left and every placed proposal has ended.
 
         Cut off by an exception, such as a `KeyboardInterrupt`, it ends what is running as interrupted.
+        Raises `CannotContinue` where Ray fails before that.
         """
         slots = self._slots()
         placed = _Placed(conductor)
@@ -136,6 +145,19 @@ class RayScheduler:
         )
         try:
             tuner.fit()
+        except Exception as error:
+            if placed.failure is not None:
+                raise placed.failure from None
+            # At its end Tune reads back its own files, which a full disk has left empty.
+            if placed.is_done:
+                return
+            if not isinstance(error, RayError | TuneError | OSError):
+                raise
+            reason = str(error).strip().rpartition("\n")[2]
+            raise CannotContinue(
+                f"Ray must be able to run trials, got {type(error).__name__}: {reason}; mend that, then "
+                "resume the sweep"
+            ) from error
         finally:
             # Ctrl-C waits: the states of the last trials are being written
             with handled(signal.SIG_IGN, signal.SIGINT, signal.SIGTERM):
@@ -199,28 +221,49 @@ class _Placed:
     def __init__(self, conductor: Conductor) -> None:
         self.conductor = conductor
         self._open: dict[str, Proposal] = {}
+        self._has_all = False
+        self.failure: Exception | None = None
+        """What the conductor raised; Tune raises only a text of it."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing is left to place, and what was placed has ended."""
+        return self._has_all and not self._open
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tuner writes a pickle of itself, for a restore that we never do."""
         return {}
 
     def take(self, trial_id: str) -> Proposal | Later | None:
-        proposal = self.conductor.next()
+        with self._noting_failure():
+            proposal = self.conductor.next()
         if isinstance(proposal, Proposal):
             self._open[trial_id] = proposal
+        self._has_all = proposal is None
         return proposal
 
     def start(self, trial_id: str) -> None:
-        self.conductor.started(self._open[trial_id])
+        with self._noting_failure():
+            self.conductor.started(self._open[trial_id])
 
     def report(self, trial_id: str, progress: Progress) -> None:
-        self.conductor.reported(self._open[trial_id], progress)
+        with self._noting_failure():
+            self.conductor.reported(self._open[trial_id], progress)
 
     def end(self, trial_id: str, otherwise: TrialResult) -> None:
         """Tell the worker's last word, or `otherwise` where it had none."""
         proposal = self._open.pop(trial_id, None)
         if proposal is not None:
-            self.conductor.ended(proposal, _last_word(self.conductor.folder(proposal)) or otherwise)
+            with self._noting_failure():
+                self.conductor.ended(proposal, _last_word(self.conductor.folder(proposal)) or otherwise)
+
+    @contextlib.contextmanager
+    def _noting_failure(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.failure = error
+            raise
 
     def close_open_trials(self) -> None:
         """End what Ray stopped midway as interrupted."""

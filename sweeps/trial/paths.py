@@ -110,12 +110,12 @@ class TrialFolder:
         return max((int(step) for step in steps if step.isdecimal()), default=0)
 
     def is_final(self, spec: TrialSpec) -> bool:
-        """Whether `spec` has completed here: then nothing is to be computed again."""
+        """Whether `spec` has completed or was pruned here: then nothing is to be computed again."""
         try:
             result = self.read_result()
         except ValueError:  # it cannot be read: no last word
             return False
-        return result is not None and result.outcome == "completed" and self._holds(spec)
+        return result is not None and result.outcome in ("completed", "pruned") and self._holds(spec)
 
     def begin(self, spec: TrialSpec) -> None:
         """Make it the folder of an attempt at `spec`: with nothing of another trial, and no draft, in it."""

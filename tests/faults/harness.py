@@ -30,7 +30,7 @@ trial:
   evaluate:  {{tasks: [rivers], task_dir: {tasks}}}
 search:
   sampler: grid
-  trials: 4
+  trials: {trials}
   space:
     lora.r: [2, 4]
     lora.alpha: ["2*r", 1]
@@ -53,13 +53,16 @@ class Place:
         tasks: Path,
         *,
         steps: int = 20,
+        trials: int = 4,
+        tracking_uri: str = "",
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.home = folder / "home"
         self.file = folder / "tiny.yaml"
         self.drivers: list[Driver] = []
-        text = SWEEP.format(samples=2 * steps, model=model, rows=rows, tasks=tasks)
+        self.tracking_uri = tracking_uri
+        text = SWEEP.format(samples=2 * steps, trials=trials, model=model, rows=rows, tasks=tasks)
         self.file.write_text(text, encoding="utf-8")
 
     @property
@@ -104,6 +107,8 @@ class Driver:
         environment = {**os.environ, "SWEEPSVC_HOME": str(place.home), "PYTHONUNBUFFERED": "1"}
         for name in ("SWEEPSVC_STUDY_URL", "MLFLOW_TRACKING_URI"):
             environment.pop(name, None)
+        if place.tracking_uri:
+            environment["MLFLOW_TRACKING_URI"] = place.tracking_uri
         command = [sys.executable, "-m", "sweepsvc", *arguments]
         self._process = subprocess.Popen(
             command,
@@ -121,6 +126,10 @@ class Driver:
         ]
         for reader in self._readers:
             reader.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
     @property
     def text(self) -> str:
@@ -250,9 +259,9 @@ def adapters(place: Place) -> dict[str, bytes]:
     return {file.parent.parent.name: file.read_bytes() for file in files}
 
 
-def tracked(place: Place, uri: str | None = None) -> dict[str, dict[str, Any]]:
+def tracked(place: Place) -> dict[str, dict[str, Any]]:
     """Every trial's run in MLflow by its key, less times; there must be one run for each, and one parent."""
-    client = MlflowClient(tracking_uri=uri or f"sqlite:///{place.home}/mlflow.db")
+    client = MlflowClient(tracking_uri=place.tracking_uri or f"sqlite:///{place.home}/mlflow.db")
     experiment = client.get_experiment_by_name("tiny")
     assert experiment is not None
     runs = client.search_runs([experiment.experiment_id])

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import socket
-import subprocess
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +16,8 @@ from sweepsvc.home import SweepFolder
 from sweepsvc.outbox import Outbox
 from sweepsvc.plain import PlainStudy
 from sweepsvc.protocols import Proposal
-from sweepsvc.recorder import MlflowRecorder, ui_command
+from sweepsvc.recorder import MlflowRecorder
+from tests.mlflow_server import Server, until
 from tests.sweepsvc.samples import result_of, sweep_of
 
 pytestmark = pytest.mark.slow
@@ -29,49 +26,12 @@ SWEEP = sweep_of("sampler: grid, space: {lora.r: [4, 8, 16, 32]}")
 STEPS = range(1, 7)
 
 
-class Server:
-    """`mlflow server` on a store of its own, that can be stopped and started again on the same port."""
-
-    def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = int(free.getsockname()[1])
-        self.url = f"http://127.0.0.1:{port}"
-        self._command = ui_command(f"sqlite:///{folder}/mlflow.db", folder / "artifacts", port=port)
-        self._process: subprocess.Popen[bytes] | None = None
-
-    def start(self) -> None:
-        self._process = subprocess.Popen(
-            self._command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
-        )
-        until(self._answers, seconds=90)
-
-    def _answers(self) -> bool:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=2) as answer:
-            return bool(answer.status == 200)
-        return False
-
-    def stop(self) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait(30)
-            until(lambda: not self._answers(), seconds=30)
-        self._process = None
-
-
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[Server]:
     made = Server(tmp_path)
     made.start()
     yield made
     made.stop()
-
-
-def until(is_so: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
-        time.sleep(0.05)
 
 
 def steps(box: Outbox, trial: Proposal, numbers: range) -> None:

