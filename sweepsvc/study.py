@@ -299,6 +299,16 @@ def _startup_trials(sweep: Sweep) -> int:
     return max(4, min(10, (sweep.search.trials or 0) // 3))
 
 
+def _is_as_bad_as_any(result: TrialResult) -> bool:
+    """Whether a sampler should keep away from it: it was stopped early, or can never fit its device.
+
+    Optuna ranks a pruned trial without a value last; of a failed one its samplers learn nothing.
+    """
+    return result.outcome == "pruned" or (
+        result.failure is not None and result.failure.kind == "out_of_memory"
+    )
+
+
 def _sampler(sweep: Sweep, draw: int) -> BaseSampler:
     """Optuna's sampler of that name, for draw number `draw` alone, counted from 0.
 
@@ -466,7 +476,7 @@ class OptunaStudy:
 
     def _tell_optuna(self, key: str, result: TrialResult) -> None:
         value = objective_value(result, self._sweep.objective.metric)
-        state = TrialState.PRUNED if result.outcome == "pruned" else TrialState.FAIL
+        state = TrialState.PRUNED if _is_as_bad_as_any(result) else TrialState.FAIL
         if result.outcome == "completed" and value is None:
             log.warning(
                 "trial %s completed without a finite %s: it has no rank, and no sampler learns from it",

@@ -17,7 +17,8 @@ from typing import Any
 import optuna
 import pytest
 
-from sweeps.errors import CannotStart, UnknownSweep
+from sweeps.errors import CannotStart, FailureClass, UnknownSweep
+from sweeps.result import Failure, TrialResult
 from sweeps.sweep import Sweep
 from sweepsvc import proposing
 from sweepsvc.plain import PlainStudy
@@ -435,6 +436,22 @@ def test_optuna_learns_how_each_trial_ended(
     assert [trial.state.name for trial in trials] == ["COMPLETE", "FAIL", "PRUNED", "FAIL", "FAIL"]
     assert trials[0].value == 0.5
     assert "trial 4 completed without a finite score.mean" in caplog.text
+
+
+def test_the_sampler_keeps_away_from_what_does_not_fit_and_not_from_a_lost_process() -> None:
+    def share_of_large_ranks(kind: FailureClass) -> float:
+        space = "lora.r: {low: 1, high: 200}, optimizer.lr: {low: 1e-5, high: 1e-3, log: true}"
+        study = scratch_study(sweep_of(f"sampler: tpe, trials: 40, space: {{{space}}}"))
+        failed = TrialResult(outcome="failed", failure=Failure(kind=kind, message="", traceback=""))
+        ranks = []
+        while (proposal := study.ask()) is not None:
+            rank = proposal.spec.lora.r
+            ranks.append(rank)
+            study.tell(proposal, failed if rank > 100 else result_of("completed", float(rank)))
+            assert study.read().trials[-1].state == ("failed" if rank > 100 else "completed")
+        return sum(rank > 100 for rank in ranks[20:]) / 20
+
+    assert share_of_large_ranks("out_of_memory") < 0.5 < share_of_large_ranks("process_lost")
 
 
 def test_the_database_tells_what_was_swept(open_in_file: Open, shared_url: str) -> None:
