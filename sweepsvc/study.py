@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import difflib
+import gc
 import hashlib
 import logging
 import sqlite3
@@ -179,6 +180,21 @@ def reopen_study(
 
 
 _STORAGE_ERRORS = (optuna.exceptions.StorageInternalError, SQLAlchemyError, sqlite3.Error, OSError)
+
+
+@contextlib.contextmanager
+def _without_collecting() -> Iterator[None]:
+    """Reading thousands of trials makes objects of which none is garbage, and every collection looks at all.
+
+    On 2,000 trials they take 60 % of the time.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 @contextlib.contextmanager
@@ -382,6 +398,7 @@ class _OptunaSource:
 class OptunaStudy:
     """The ledger over Optuna; see `protocols.Study`. Made by `open_study` and `reopen_study`."""
 
+    @_without_collecting()
     def __init__(self, sweep: Sweep, study: optuna.Study, storage: BaseStorage) -> None:
         kept = _Kept(study.get_trials(deepcopy=False), study.user_attrs)
         self._sweep = sweep
@@ -544,6 +561,7 @@ class OptunaStudy:
             self._study.set_user_attr("state", state)
             _release(self._storage)
 
+    @_without_collecting()
     def read(self) -> SweepRecord:
         return _sweep_record(
             self._study.study_name, self._study.user_attrs, self._study.get_trials(deepcopy=False)
@@ -594,6 +612,7 @@ class _Kept:
 # --- reading ----------------------------------------------------------------------------------------
 
 
+@_without_collecting()
 def load_record(sweep_id: str | None, url: str) -> SweepRecord:
     """Everything known of the sweep with that id or unique prefix; of the newest one for None.
 
