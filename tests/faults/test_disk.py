@@ -6,11 +6,12 @@ import contextlib
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.faults.conftest import MakePlace
-from tests.faults.harness import Place, is_in, same
+from tests.faults.harness import Place, is_in, same, same_results, tracked
 from tests.mlflow_server import until
 
 pytestmark = pytest.mark.slow
@@ -77,7 +78,22 @@ def test_a_disk_that_fills_up_stops_the_sweep_with_a_reason_and_loses_nothing(
     disk.free()
     driver = place.resume()
     assert driver.wait() == 0, driver.everything
-    same(place, uninterrupted)
+    same_results(place, uninterrupted)
+    sync = place.start("sync", "tiny-1")
+    assert sync.wait() == 0, sync.everything
+    _same_but_for_points_that_found_no_room(tracked(place), tracked(uninterrupted))
+
+
+def _same_but_for_points_that_found_no_room(runs: dict[str, Any], others: dict[str, Any]) -> None:
+    """A step that was checkpointed, and whose report could not be kept, is never trained nor told again."""
+    assert runs.keys() == others.keys()
+    for key, run in runs.items():
+        other = others[key]
+        assert all(run[name] == other[name] for name in ("status", "params", "files"))
+        assert {*run["curve"]} <= {*other["curve"]}
+        told = [{k: v for k, v in one["metrics"].items() if "score" in k} for one in (run, other)]
+        assert told[0] == told[1]
+        assert told[0]
 
 
 def test_a_read_only_home_is_refused_by_launch_and_resume_and_read_by_status(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.conftest import MakePlace
-from tests.faults.harness import Place, adapters, is_in, ledger, results, tracked
+from tests.faults.harness import Place, is_in, same_results, tracked
 from tests.mlflow_server import Server
 
 pytestmark = pytest.mark.slow
@@ -31,9 +31,7 @@ def test_a_sweep_ends_without_its_server_and_sync_delivers_what_waited(
     server.stop()
     assert driver.wait() == 0, driver.everything
     assert driver.said("sync tiny-1")
-    assert ledger(place) == ledger(uninterrupted)
-    assert results(place) == results(uninterrupted)
-    assert adapters(place) == adapters(uninterrupted)
+    same_results(place, uninterrupted)
     server.start()
     sync = place.start("sync", "tiny-1")
     assert sync.wait() == 0, sync.everything
