@@ -54,11 +54,13 @@ class Option:
 
     @classmethod
     def of(cls, value: Any) -> Option:
-        """Labelled by the rule's text, by a list's JSON text, or by the constant itself."""
+        """Labelled by the rule's text, by a list's or mapping's JSON text, or by the constant itself."""
         if isinstance(value, Rule):
             return cls(value.text, value)
         if isinstance(value, list | tuple):
             return cls(json.dumps(list(value)), tuple(value))
+        if isinstance(value, Mapping):
+            return cls(json.dumps(value), value)
         return cls(value, value)
 
     @property

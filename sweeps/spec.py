@@ -13,7 +13,11 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from sweeps.errors import InvalidValue
+from sweeps.prompts import DEFAULT as DEFAULT_PROMPT
+from sweeps.prompts import read_prompt, unknown_columns
 
 PositiveInt = Annotated[int, Field(strict=True, gt=0)]
 CountInt = Annotated[int, Field(strict=True, ge=0)]
@@ -52,6 +56,10 @@ class ModelSpec(Part):
         "nf4", description="4-bit format of the frozen weights."
     )
     double_quantization: Flag = Field(False, description="Quantise the quantisation constants too.")
+    quantize_lm_head: Flag = Field(
+        True,
+        description="Quantise the output head too (the article); one that is tied to the embedding never is.",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="Compute dtype; `auto` is bfloat16 on an accelerator that has it, else float32."
     )
@@ -60,13 +68,43 @@ class ModelSpec(Part):
     )
     trust_remote_code: Flag = Field(False, description="Run Python code that comes with the weights.")
 
+    def unquantised(self) -> ModelSpec:
+        """The same model with its weights as they were published."""
+        kept = self.model_dump(include={"id", "revision", "dtype", "attention", "trust_remote_code"})
+        return ModelSpec(quantization="none", **kept)
+
+
+def _is_a_prompt(text: str) -> str:
+    try:
+        read_prompt(text)
+    except InvalidValue as error:
+        raise ValueError(str(error)) from error
+    return text
+
+
+def _without_same_names(columns: dict[str, str]) -> dict[str, str]:
+    """A field is in the column of its own name anyhow: said or not, it is the same trial."""
+    return {field: column for field, column in columns.items() if field != column}
+
 
 class DataSpec(Part):
-    """The instruction data: Alpaca columns `instruction`, `input` (may be empty), `output`."""
+    """The instruction data: rows, the prompts made of them, and the responses that follow."""
 
     id: Text | None = Field("yahma/alpaca-cleaned", description="A dataset on the hub.")
-    path: Text | None = Field(None, description="A local JSON, JSONL or CSV file; takes the place of `id`.")
+    path: Text | None = Field(
+        None, description="A local JSON, JSONL, CSV or Parquet file; takes the place of `id`."
+    )
     split: Text = Field("train", description="The split of a hub dataset.")
+    prompt: Annotated[Text, AfterValidator(_is_a_prompt)] = Field(
+        DEFAULT_PROMPT,
+        description="The name of a shipped prompt, or a text with fields in braces; the response follows it.",
+    )
+    columns: Annotated[dict[Text, Text], AfterValidator(_without_same_names)] = Field(
+        {}, description="`field: column` where a column is not named as the prompt's field, or as `output`."
+    )
+    on_bad_row: Literal["refuse", "skip"] = Field(
+        "refuse", description="Whether a row that cannot be used ends the trial, or is skipped and counted."
+    )
     held_out: Fraction = Field(
         0.03865,
         description="Share of the rows kept from training, for `eval.loss` (the article's 2,000 rows).",
@@ -93,6 +131,12 @@ class DataSpec(Part):
             )
         return self
 
+    @model_validator(mode="after")
+    def _columns_of_the_prompt(self) -> Self:
+        if reason := unknown_columns(self.prompt, self.columns):
+            raise ValueError(reason)
+        return self
+
 
 def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
@@ -101,8 +145,12 @@ def _as_tuple(value: Any) -> Any:
 class LoraSpec(Part):
     """The adapter: W + (alpha / r) * B @ A on every target module."""
 
-    r: PositiveInt = Field(8, description="Rank of the update.")
-    alpha: PositiveFloat = Field(16.0, description="Scale; the update is multiplied by alpha / r.")
+    r: PositiveInt = Field(
+        8, description="Rank of the update; at most the smaller side of every layer that it is put on."
+    )
+    alpha: PositiveFloat = Field(
+        16.0, description="Scale; the update is multiplied by alpha / r, with `rslora` by alpha / sqrt(r)."
+    )
     dropout: Fraction = Field(0.05, description="Dropout on the adapter's input.")
     targets: Annotated[Literal["qv", "all"] | tuple[Text, ...], BeforeValidator(_as_tuple)] = Field(
         "all",
@@ -113,10 +161,16 @@ class LoraSpec(Part):
         "auto",
         description="Adapter weights; `auto` is the model's compute dtype, float32 for a float16 model.",
     )
+    rslora: Flag = Field(False, description="Rank-stabilised LoRA: the scale is alpha / sqrt(r).")
+    dora: Flag = Field(
+        False,
+        description="DoRA: the length of each row of the adapted weights is trained too. Every pass then "
+        "computes all of those weights.",
+    )
 
     @property
     def alpha_over_r(self) -> float:
-        """The factor by which the update is scaled."""
+        """The factor by which the update is scaled, unless `rslora` says otherwise."""
         return self.alpha / self.r
 
     @model_validator(mode="after")
@@ -131,8 +185,10 @@ class LoraSpec(Part):
 class OptimizerSpec(Part):
     """One optimiser over the adapter's weights."""
 
-    name: Literal["adamw", "paged_adamw", "sgd"] = Field(
-        "adamw", description="`paged_adamw` keeps its state in pageable memory and needs CUDA."
+    name: Literal["adamw", "paged_adamw", "adamw_8bit", "sgd"] = Field(
+        "adamw",
+        description="`paged_adamw` keeps its state in pageable memory and needs CUDA; `adamw_8bit` keeps it "
+        "in 8 bits, but for tensors of fewer than 4,096 numbers.",
     )
     lr: PositiveFloat = Field(3e-4, description="Peak learning rate.")
     weight_decay: CountFloat = Field(0.01, description="Decoupled for AdamW; added to the gradient for SGD.")
@@ -144,8 +200,13 @@ class OptimizerSpec(Part):
 class ScheduleSpec(Part):
     """The learning rate over optimiser steps."""
 
-    name: Literal["constant", "cosine"] = Field("cosine", description="The shape after the warmup.")
+    name: Literal["constant", "linear", "cosine"] = Field("cosine", description="The shape after the warmup.")
     warmup_steps: CountInt = Field(100, description="Steps of linear warmup from 0 to the peak.")
+    t_max: Literal["all_steps", "after_warmup"] = Field(
+        "all_steps",
+        description="Where `linear` and `cosine` would reach 0: as many steps behind the warmup as there are "
+        "in all (the article, which ends above 0), or at the end of the training.",
+    )
 
 
 class TrainSpec(Part):
@@ -162,7 +223,16 @@ class TrainSpec(Part):
     token_budget: PositiveInt | Literal["auto"] = Field(
         "auto", description="Most tokens, padding included, in one micro-batch; never changes the gradients."
     )
-    gradient_checkpointing: Flag = Field(False, description="Recompute activations in the backward pass.")
+    loss_weighting: Literal["sample", "token"] = Field(
+        "sample",
+        description="Every row of a step weighs the same in its loss (the article), or every token that is "
+        "predicted. The held-out loss weighs rows.",
+    )
+    gradient_checkpointing: Flag | Literal["auto"] = Field(
+        False,
+        description="Recompute activations in the backward pass; `auto` does where the longest row would not "
+        "fit in memory otherwise.",
+    )
     clip_norm: PositiveFloat | None = Field(
         None, description="Clip the gradient's norm; the article does not."
     )
@@ -175,11 +245,21 @@ class TrainSpec(Part):
     )
 
 
+def _as_text(value: Any) -> Any:
+    """The year, which YAML reads as a number."""
+    return str(value) if type(value) is int else value
+
+
 class EvaluateSpec(Part):
     """Which benchmarks score the trial, by lm-eval."""
 
     tasks: Annotated[tuple[Text, ...], BeforeValidator(_as_tuple)] = Field(
         ARTICLE_TASKS, description="lm-eval task names, its own or those of `task_dir`."
+    )
+    weights: Literal["trained", "merged"] = Field(
+        "trained",
+        description="What is scored: the model as it was trained, or the unquantised base with the adapter "
+        "merged into it (the article).",
     )
     task_dir: Text | None = Field(None, description="A folder of lm-eval task files of one's own.")
     data_dir: Text | None = Field(
@@ -191,6 +271,11 @@ class EvaluateSpec(Part):
     )
     limit: PositiveInt | None = Field(None, description="Only the first documents of each task.")
     batch_size: PositiveInt = Field(16, description="Rows that are scored together.")
+    harness: Annotated[Literal["current", "2023"], BeforeValidator(_as_text)] = Field(
+        "current",
+        description="Requests as lm-eval makes them now, or as it made them in 2023 (the article): no "
+        "beginning-of-text token, no space before a BLiMP sentence.",
+    )
 
 
 def _none_is_no_training(value: Any) -> Any:
@@ -220,8 +305,14 @@ class TrialSpec(Part):
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def untrained(self) -> TrialSpec:
-        """The same base and benchmarks without any training: the baseline."""
-        return TrialSpec(model=self.model, train=None, evaluate=self.evaluate)
+        """The same base and benchmarks without any training: the baseline.
+
+        Where the adapter is scored in the unquantised base, that is the base.
+        """
+        if self.evaluate.weights == "trained":
+            return TrialSpec(model=self.model, train=None, evaluate=self.evaluate)
+        evaluate = self.evaluate.model_copy(update={"weights": "trained"})
+        return TrialSpec(model=self.model.unquantised(), train=None, evaluate=evaluate)
 
     @model_validator(mode="after")
     def _laws(self) -> Self:
@@ -240,7 +331,7 @@ class TrialSpec(Part):
         return self
 
 
-Kind = Literal["int", "float", "bool", "text", "list"]
+Kind = Literal["int", "float", "bool", "text", "list", "mapping"]
 
 
 class FieldInfo(typing.NamedTuple):
@@ -267,6 +358,8 @@ def _kind(annotation: Any) -> Kind:
         return next(kind for kind in ("int", "float", "list", "bool", "text") if kind in kinds)
     if typing.get_origin(annotation) is tuple:
         return "list"
+    if typing.get_origin(annotation) is dict:
+        return "mapping"
     return typing.cast("dict[Any, Kind]", {int: "int", float: "float", bool: "bool"}).get(annotation, "text")
 
 

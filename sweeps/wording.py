@@ -47,7 +47,10 @@ def wrong(part: type[Part], name: str, value: Any) -> str | None:
     """Why the field `name` of `part` does not take `value`; None if it does."""
     try:
         _adapter(part, name).validate_python(value)
-    except ValidationError:
+    except ValidationError as error:
+        [first, *_] = error.errors()
+        if first["type"] == "value_error":  # a law with words of its own
+            return first["msg"].removeprefix("Value error, ")
         field = need(part, name)
         return f"{field.text} is needed, got {shown(value)}{_remedy(field, part.model_fields[name], value)}"
     return None
@@ -130,6 +133,8 @@ def _phrase(member: Any, constraints: tuple[Any, ...]) -> str:
         return words[0] if len(words) == 1 else f"one of {', '.join(words)}"
     if typing.get_origin(member) is tuple:
         return f"a list of {_sentence(typing.get_args(member)[0])}"
+    if typing.get_origin(member) is dict:
+        return "a mapping from text to text"
     bounds = [
         f"{sign} {getattr(constraint, name):g}"
         for constraint in constraints
@@ -160,6 +165,10 @@ def _remedy(field: Need, info: FieldInfo, value: Any) -> str:
         return f"; write {int(value)}"
     if isinstance(value, int | float) and str in field.types:
         return f"; write it in quotes, '{value}'"
+    if isinstance(value, dict) and str in field.types:
+        return "; text that begins with a brace goes into quotes"
+    if dict in field.types:
+        return "; write it as a mapping, {field: column}"
     if isinstance(value, list) and tuple not in field.types:
         return "; values to try one after the other go into search.space"
     return ""
@@ -169,6 +178,8 @@ def _remedy_for_text(field: Need, value: str) -> str:
     near = nearest(value, field.words)
     if near:
         return f"; did you mean {near}?"
+    if dict in field.types:
+        return "; write it as a mapping, {field: column}"
     if tuple in field.types:
         return f"; write it as a list, [{value}]"
     if bool in field.types and value.lower() in ("true", "false", "yes", "no", "on", "off"):

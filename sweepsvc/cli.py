@@ -6,10 +6,11 @@ failed; 4 interrupted, can be resumed; 1 a fault of ours.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -57,6 +58,10 @@ def launch(
     sweep_id: Annotated[
         str | None, typer.Option("--id", metavar="ID", help="The sweep's id. [default: name and time]")
     ] = None,
+    rehearse: Annotated[
+        bool,
+        typer.Option("--rehearse", help="Only try every trial for two steps on a small model, on the CPU."),
+    ] = False,
     home: HomeOption = None,
 ) -> None:
     """Run a sweep: propose, train, score and record its trials."""
@@ -68,7 +73,8 @@ def launch(
 
     from sweepsvc import session
 
-    _exit_as(lambda: session.launch(sweep, place, sweep_id or new_sweep_id(sweep.name)))
+    drive = session.rehearse if rehearse else session.launch
+    _exit_as(lambda: drive(sweep, place, sweep_id or new_sweep_id(sweep.name)))
 
 
 @app.command()
@@ -151,6 +157,25 @@ def status(
     console.print(results(record, console), markup=False, highlight=False)
 
 
+@app.command()
+def report(
+    sweeps: Annotated[
+        list[str], typer.Argument(metavar="SWEEP...", help="Ids, or the starts of them alone.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("-o", metavar="DIR", help="Where to. [default: report/ of the sweep]")
+    ] = None,
+    home: HomeOption = None,
+) -> None:
+    """Write what came of a sweep as one page, with Markdown and CSV; of several, side by side."""
+    from sweepsvc.report_files import write_report
+
+    place = _home(home)
+    place.check()
+    for line in write_report(sweeps, place, out, _as_it_stands):
+        print(line)
+
+
 def _as_it_stands(record: SweepRecord) -> SweepRecord:
     """A sweep whose driver is gone is interrupted, whatever the driver last wrote."""
     from dataclasses import replace
@@ -170,34 +195,114 @@ def _as_it_stands(record: SweepRecord) -> SweepRecord:
 
 
 @app.command()
-def plan(file: SweepFile, overrides: SetOption = None, as_json: JsonOption = False) -> None:
-    """Show the trials that a sweep would run, with their trainable parameters; starts nothing."""
+def plan(
+    file: SweepFile,
+    overrides: SetOption = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            metavar="NAME",
+            help="The GPU to predict for: a100-40gb, ... [default: resources.accelerator, or the one here]",
+        ),
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option("--budget", metavar="HOURS", min=0, help="GPU hours that may be spent.")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show the trials that a sweep would run, with their parameters, memory and time; starts nothing."""
     from sweepsvc.plan import plan as make_plan
     from sweepsvc.plan import plan_json
 
-    made = make_plan(_load(file, overrides))
+    made = make_plan(_load(file, overrides), device, budget)
     if as_json:
         _print_json(plan_json(made))
         return
 
-    from rich.table import Table
+    from sweepsvc.view import plan_lines, plan_table, terminal
 
-    from sweepsvc.view import terminal, with_rule
-
-    table = Table(
-        title=f"{made.sweep.name}: {made.runs} trials, {made.baselines} baselines", title_justify="left"
-    )
-    table.add_column("trial", justify="right")
-    paths = list(made.sweep.search.space)
-    for path in paths:
-        table.add_column(path, justify="right")
-    table.add_column("trainable parameters", justify="right")
-    for number, trial in enumerate(made.trials):
-        values = [with_rule(trial.resolved.params[path], trial.resolved.rules.get(path)) for path in paths]
-        table.add_row(str(number), *values, f"{trial.trainable_params:,}")
     console = terminal()
-    console.print(table)
-    console.print(made.note, markup=False, highlight=False)
+    console.print(plan_table(made))
+    for line in plan_lines(made):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def data(file: SweepFile, overrides: SetOption = None, as_json: JsonOption = False) -> None:
+    """Show what a sweep trains on: rows, token lengths, prompts; starts nothing."""
+    from sweepsvc.dataview import data_json, look, shown
+
+    view = look(_load(file, overrides))
+    if as_json:
+        _print_json(data_json(view))
+        return
+
+    from sweepsvc.view import terminal
+
+    console = terminal()
+    for part in shown(view):
+        console.print(part, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def export(
+    sweep: SweepId,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="A new or empty folder.")],
+    best: Annotated[bool, typer.Option("--best", help="The trial with the best objective.")] = False,
+    trial: Annotated[int | None, typer.Option("--trial", metavar="N", help="This trial.")] = None,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="The whole model: the adapter merged into the unquantised base.")
+    ] = False,
+    register: Annotated[
+        str | None, typer.Option("--register", metavar="NAME", help="Into MLflow's model registry, too.")
+    ] = None,
+    home: HomeOption = None,
+) -> None:
+    """Write a completed trial's adapter, or the whole model, into a folder with a model card."""
+    if best == (trial is not None):
+        given = "both" if best else "neither"
+        raise CannotStart(f"exactly one of --best and --trial N must be given, got {given}; say which trial")
+    from sweepsvc.export import Asked
+    from sweepsvc.export import export as write
+    from sweepsvc.study import load_record
+
+    place = _home(home)
+    place.check()
+    record = load_record(sweep, place.study_url)
+    with _ended_by_sigterm():
+        made = write(record, place, Asked(out, trial, merge, register))
+    for line in made.lines():
+        print(line)
+
+
+@contextlib.contextmanager
+def _ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends the block as Ctrl-C does, so that no draft is left."""
+    import signal
+
+    from sweeps.signals import handled
+
+    try:
+        with handled(signal.default_int_handler, signal.SIGTERM):
+            yield
+    except KeyboardInterrupt:
+        print("interrupted; nothing was written", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@app.command()
+def generate(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that `export` made.")],
+    prompt: Annotated[str, typer.Option("--prompt", metavar="TEXT", help="The instruction to answer.")],
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", metavar="N", min=1, help="Most tokens of the answer.")
+    ] = 256,
+) -> None:
+    """Ask an exported adapter or model, with the prompt of its training; on a GPU if there is one."""
+    from sweeps.trial.generate import generate as answer
+
+    print(answer(folder, prompt, max_tokens))
 
 
 @app.command()

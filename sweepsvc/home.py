@@ -19,6 +19,7 @@ class Home:
     format                                 one number, see `FORMAT`
     study.db, mlflow.db, mlartifacts/      the embedded stores; SWEEPSVC_STUDY_URL and
                                            MLFLOW_TRACKING_URI point elsewhere
+    rehearsals/                            a home of rehearsals, with stores of its own
     <sweep-id>/sweep.yaml                  the sweep file as it was launched
     <sweep-id>/trials/<number>/            one trial's files
     <sweep-id>/owner                       the process that drives the sweep, locked by it

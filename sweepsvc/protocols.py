@@ -71,6 +71,18 @@ class SweepRecord:
 
 
 @dataclass(frozen=True)
+class Importance:
+    """What share of the objective's variance each searched field explains, the greatest first.
+
+    Empty where that cannot be said, and then `why_not` says why. `trials` is how many it was learnt from.
+    """
+
+    shares: Mapping[str, float]
+    trials: int = 0
+    why_not: str = ""
+
+
+@dataclass(frozen=True)
 class SweepSummary:
     """One sweep in a list: how many of its trials are in each state; `launched` is UTC, ISO 8601."""
 

@@ -18,7 +18,7 @@ import re
 import sqlite3
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -77,6 +77,8 @@ _RESULT_TAGS = ("failure", "mlflow.note.content")
 # The second is for an id that is not of MLflow's form.
 _NO_SUCH_RUN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 TRACEBACK = "traceback.txt"
+EXPORTS = "exported"
+LONGEST_DESCRIPTION = 5000
 
 
 class MlflowRecorder:
@@ -121,14 +123,8 @@ class MlflowRecorder:
             self._parent = self._parent_run()
 
     def _reach(self, call: Callable[[], T]) -> T:
-        try:
+        with _reaching(self._uri):
             return call()
-        except (MlflowException, OSError, sqlite3.Error) as error:
-            reason = masked(str(error).strip().partition("\n")[0])
-            raise CannotStart(
-                f"the MLflow store must be reachable, got {masked(self._uri)}: {reason}; "
-                "check --home and MLFLOW_TRACKING_URI"
-            ) from error
 
     def _experiment(self) -> str:
         name = self._sweep.name
@@ -209,6 +205,29 @@ class MlflowRecorder:
             "mlflow.source.git.commit": commit,
             "mlflow.source.name": Path(self._sweep.source).name,
         }
+
+    def keep(self, files: Sequence[Path], name: str) -> None:
+        """Copy `files` to the sweep's run, as its artifacts below `name`.
+
+        Makes neither a store nor a run. Raises `CannotStart` where the store cannot be used or has no run.
+        """
+        self._reach(lambda: self._keep(files, name))
+
+    def _keep(self, files: Sequence[Path], name: str) -> None:
+        file = sqlite_file(self._uri)
+        absent = CannotStart(f"the sweep must have a run in {masked(self._uri)}, got none; `sync` makes one")
+        if file is not None and not file.exists():
+            raise absent
+        self._client = _connect(self._uri)
+        experiment = self._client.get_experiment_by_name(self._sweep.name)
+        if experiment is None:
+            raise absent
+        self._experiment_id = str(experiment.experiment_id)
+        found = self._search("tags.role = 'sweep'", at_most=1)
+        if not found:
+            raise absent
+        for kept in files:
+            self._client.log_artifact(found[0].info.run_id, str(kept), name)
 
     # --- a trial from its start to its end ----------------------------------------------------------
 
@@ -438,7 +457,59 @@ def ui_command(
     ]
 
 
+# --- the registry -----------------------------------------------------------------------------------
+
+
+def check_registry(tracking_uri: str, run_id: str, name: str) -> None:
+    """Raise `CannotStart` where `register_model` would, as far as that can be known before."""
+    if not name.strip() or set(name) & set("/:") or name in (".", ".."):
+        raise CannotStart(
+            f"a registered model's name must be text without / and :, got {name!r}; give another"
+        )
+    with _reaching(tracking_uri):
+        run = _connect(tracking_uri).get_run(run_id)
+    if run.info.lifecycle_stage == LifecycleStage.DELETED:
+        raise CannotStart(
+            f"a model is registered with a run that is there, got {run_id}, deleted; restore it"
+        )
+
+
+def register_model(
+    tracking_uri: str, run_id: str, folder: Path, name: str, description: str, tags: Mapping[str, str]
+) -> str:
+    """The files of `folder` as artifacts of the run, and those as a new version of the model `name`.
+
+    The registered model is made if there is none of that name. Each version has files of its own
+    (`exported/1/`, `exported/2/`, ... of the run), so that none changes later. The number of the version.
+    """
+    with _reaching(tracking_uri):
+        client = _connect(tracking_uri)
+        place = f"{EXPORTS}/{1 + len(client.list_artifacts(run_id, EXPORTS))}"
+        client.log_artifacts(run_id, str(folder), place)
+        # Somebody may have made it, now or long ago; if it could not be made, the version says why.
+        with contextlib.suppress(MlflowException):
+            client.create_registered_model(name)
+        source = f"{client.get_run(run_id).info.artifact_uri.rstrip('/')}/{place}"
+        version = client.create_model_version(
+            name, source, run_id, tags=_cut_tags(tags), description=description[:LONGEST_DESCRIPTION]
+        )
+    return str(version.version)
+
+
 # --- the store --------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _reaching(uri: str) -> Iterator[None]:
+    """A store that does not answer, or refuses, is something that a person can mend."""
+    try:
+        yield
+    except (MlflowException, OSError, sqlite3.Error) as error:
+        reason = masked(str(error).strip().partition("\n")[0])
+        raise CannotStart(
+            f"the MLflow store must be reachable, got {masked(uri)}: {reason}; "
+            "check --home and MLFLOW_TRACKING_URI"
+        ) from error
 
 
 def _connect(uri: str) -> MlflowClient:
@@ -482,7 +553,7 @@ def run_name(proposal: Proposal) -> str:
         for (path, text), name in zip(picked.items(), names, strict=True)
     ]
     repeat = [f"repeat {proposal.repeat}"] if proposal.repeat else []
-    return " ".join([proposal.key, *words, *repeat])[:LONGEST_NAME]
+    return " ".join(" ".join([proposal.key, *words, *repeat]).split())[:LONGEST_NAME]  # a prompt has lines
 
 
 def trial_params(proposal: Proposal) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from sweepsvc.meaning import as_it_is_now, differences
 from sweepsvc.outbox import Outbox
 from sweepsvc.protocols import SweepRecord
 from sweepsvc.recorder import MlflowRecorder
+from sweepsvc.rehearse import NOT_SEEN, RehearsalHome, RehearsalView, judge, set_stage, verdict
 from sweepsvc.resume import Selection, reconcile
 from sweepsvc.scheduler import RayScheduler
 from sweepsvc.study import (
@@ -58,6 +59,55 @@ class Asked:
 def launch(sweep: Sweep, home: Home, sweep_id: str) -> SweepRecord:
     """Run a sweep from its start; how it stands at the end."""
     console = terminal()
+    view = _view(console, sweep)
+    return _launched(sweep, home, sweep_id, console, view, lambda record: _shown(console, home, record))
+
+
+def rehearse(sweep: Sweep, home: Home, sweep_id: str) -> SweepRecord:
+    """Run every distinct trial of a sweep in small; how that stands.
+
+    Raises `CannotStart` with everything that a launch would fail for.
+    """
+    console = terminal()
+    place = RehearsalHome(home)
+    place.check()
+    stage = place.stage(sweep_id)
+    try:
+        rehearsal = set_stage(sweep, stage)
+    except OSError as error:
+        raise CannotStart(
+            f"the home must be writable, got {stage}: {error.strerror or error}; give another --home"
+        ) from error
+    for note in rehearsal.notes:
+        _say(console, note)
+    record = None
+    if rehearsal.sweep is not None:
+        view = contextlib.nullcontext(RehearsalView(console, rehearsal.cast))
+        record = _launched(rehearsal.sweep, place, sweep_id, console, view, lambda record: record)
+        if record.state == "interrupted":
+            return record
+    said = len(rehearsal.notes)
+    judge(rehearsal, record)
+    for note in list(rehearsal.notes)[said:]:
+        _say(console, note)
+    _say(console, NOT_SEEN)
+    if rehearsal.faults:
+        raise CannotStart(verdict(rehearsal))
+    assert record is not None
+    shutil.rmtree(stage, ignore_errors=True)
+    _say(console, verdict(rehearsal))
+    return record
+
+
+def _launched(
+    sweep: Sweep,
+    home: Home,
+    sweep_id: str,
+    console: Console,
+    viewing: contextlib.AbstractContextManager[View],
+    then: Callable[[SweepRecord], SweepRecord],
+) -> SweepRecord:
+    """How a new sweep stands at its end; `then` has it before the scheduler and the signals are let go."""
     with contextlib.ExitStack() as stack:
         # Also before the first trial and after the last one, where no trial has to be waited for.
         stack.enter_context(handled(signal.default_int_handler, signal.SIGTERM))
@@ -74,10 +124,10 @@ def launch(sweep: Sweep, home: Home, sweep_id: str) -> SweepRecord:
             recorder = MlflowRecorder(sweep, sweep_id, home.tracking_uri, home.artifacts, facts)
             recorder.open()
             baselines = study.baselines()
-        with _view(console, sweep) as view, _saying_how_to_go_on(console, home, sweep_id):
+        with viewing as view, _saying_how_to_go_on(console, home, sweep_id):
             run = SweepRun(study, Outbox(recorder, folder), folder, view, sweep.faults, baselines)
             record = drive(run, scheduler)
-        return _shown(console, home, record)
+        return then(record)
 
 
 def resume(prefix: str, home: Home, asked: Asked) -> SweepRecord:

@@ -50,7 +50,7 @@ from sweeps.sweep import Sweep
 from sweeps.sweepfile import load_sweep_text
 from sweepsvc.home import FORMAT
 from sweepsvc.proposing import Asked, Proposer, baseline_proposals
-from sweepsvc.protocols import Proposal, SweepRecord, SweepState, SweepSummary, TrialRecord
+from sweepsvc.protocols import Importance, Proposal, SweepRecord, SweepState, SweepSummary, TrialRecord
 from sweepsvc.records import (
     Entry,
     another_attempt,
@@ -638,6 +638,41 @@ def _one(sweep_id: str | None, url: str) -> Iterator[tuple[BaseStorage, Any]]:
                 "version of sweepsvc made it; use that version, or a newer one"
             )
         yield storage, study
+
+
+LEAST_FOR_IMPORTANCE = 4
+"""Completed trials, and twice as many as there are fields: of fewer, a forest of trees says what it likes."""
+
+
+def load_importance(sweep_id: str, url: str) -> Importance:
+    """How much each searched field matters to the objective, by Optuna's fANOVA; the same at every call."""
+    with _one(sweep_id, url) as (storage, named):
+        study = optuna.load_study(study_name=named.study_name, storage=storage, sampler=RandomSampler())
+        trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        varied = sorted(
+            path for path in _shared_params(trials) if len({trial.params[path] for trial in trials}) > 1
+        )
+        why_not = _no_importance(trials, varied)
+        if why_not:
+            return Importance({}, len(trials), why_not)
+        forest = optuna.importance.FanovaImportanceEvaluator(seed=0)
+        shares = optuna.importance.get_param_importances(study, evaluator=forest, params=varied)
+        return Importance({path: float(share) for path, share in shares.items()}, len(trials))
+
+
+def _shared_params(trials: Sequence[FrozenTrial]) -> set[str]:
+    return set.intersection(*(set(trial.params) for trial in trials)) if trials else set()
+
+
+def _no_importance(trials: Sequence[FrozenTrial], varied: Sequence[str]) -> str:
+    least = max(LEAST_FOR_IMPORTANCE, 2 * len(varied))
+    if len(trials) < least:
+        return f"{least} completed trials are needed at least, there are {len(trials)}"
+    if not varied:
+        return "no searched field had more than one value"
+    if len({trial.value for trial in trials}) == 1:
+        return "every completed trial has the same value of the objective"
+    return ""
 
 
 def list_sweeps(url: str) -> list[SweepSummary]:

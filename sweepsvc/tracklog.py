@@ -146,6 +146,21 @@ class TrackLog:
             yield Line(_entry(line), begin)
 
 
+def read_reports(trial: Path) -> list[Report]:
+    """What was heard of a trial, without the steps that an attempt repeated; none if there is no log.
+
+    Changes nothing, unlike a `TrackLog`, which is the owner's: the trial may be running elsewhere, and then
+    the last line may be half written.
+    """
+    try:
+        lines = (trial / "tracking" / "log.jsonl").read_bytes().split(b"\n")[:-1]
+    except OSError:
+        return []
+    replay = Replay()
+    parts = (replay.take(entry) for line in lines if (entry := _entry(line)) is not None)
+    return [part for part in parts if isinstance(part, Report)]
+
+
 def _whole_size(file: Path) -> int:
     """The size of the log, once the torn last line of a killed writer is cut off."""
     try:

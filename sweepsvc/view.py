@@ -17,7 +17,10 @@ from rich.text import Text
 
 from sweeps.result import Progress, Score, TrialResult
 from sweeps.space import field_value
+from sweepsvc.plan import Plan
 from sweepsvc.protocols import Proposal, SweepRecord, TrialRecord
+
+_LONGEST_VALUE = 60
 
 
 def terminal() -> Console:
@@ -136,7 +139,9 @@ def title(proposal: Proposal) -> str:
     """`trial 3 (lora.r=32, lora.alpha=2*r)`, or `baseline`."""
     if proposal.is_baseline:
         return proposal.key
-    picks = [f"{path}={proposal.rules.get(path, value)}" for path, value in proposal.params.items()]
+    picks = [
+        f"{path}={_on_a_line(proposal.rules.get(path, value))}" for path, value in proposal.params.items()
+    ]
     if proposal.repeat:
         picks.append(f"repeat {proposal.repeat}")
     return f"trial {proposal.number} ({', '.join(picks)})" if picks else f"trial {proposal.number}"
@@ -262,13 +267,70 @@ def _cells(trial: TrialRecord, paths: Sequence[str], tasks: Sequence[str], is_be
 
 def with_rule(value: Any, rule: str | None) -> str:
     """`64 (2*r)`: a value, and how it was written where that is not the same."""
-    text = f"{value:g}" if isinstance(value, float) else str(value)
+    text = f"{value:g}" if isinstance(value, float) else _on_a_line(value)
     return text if rule in (None, text) else f"{text} ({rule})"
+
+
+def _on_a_line(value: Any) -> str:
+    """A value as text, cut where it is long: a prompt has many lines."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 def _value_text(proposal: Proposal, path: str) -> str:
     value = proposal.params.get(path, field_value(proposal.spec, path))
     return with_rule(value, proposal.rules.get(path))
+
+
+def plan_table(made: Plan) -> Table:
+    """Every distinct trial with its trainable parameters, its memory with one row at a time and at its token
+    budget, and, on a device, its hours."""
+    title = f"{made.sweep.name}: {made.runs} trials, {len(made.baselines)} baselines"
+    table = Table(title=title, title_justify="left")
+    paths = list(made.sweep.search.space)
+    costs = ["least GB", "peak GB", *(["fits", "train h", "eval h"] if made.device else [])]
+    for name in ("trial", *paths, "trainable parameters", *costs):
+        table.add_column(name, justify="right")
+    for number, trial in enumerate(made.trials):
+        resolved, predicted = trial.resolved, trial.prediction
+        values = [with_rule(resolved.params[path], resolved.rules.get(path)) for path in paths]
+        cells = [f"{predicted.least_gb:.2f}", f"{predicted.peak_memory_gb:.2f}"]
+        if made.device:
+            cells.append("yes" if predicted.fits else "no")
+            cells += [_hours(predicted.train_seconds), _hours(predicted.eval_seconds)]
+        name = f"{number} first" if trial.is_first else f"{number}"
+        table.add_row(name, *values, f"{predicted.trainable_params:,}", *cells)
+    return table
+
+
+def plan_lines(made: Plan) -> list[str]:
+    """What stands below the table: how the trials were chosen, the device, the largest trial, the sum."""
+    lines = [made.note, made.device_note]
+    if made.trials:
+        number, largest = max(enumerate(made.trials), key=lambda pair: pair[1].prediction.memory.total)
+        memory = largest.prediction.memory
+        parts = [f"{name} {size / 1e9:.2f}" for name, size in memory.parts().items() if size >= 5e6]
+        lines.append(f"peak of trial {number}: {memory.total / 1e9:.2f} GB = {' + '.join(parts)}")
+    lines += made.notes
+    if made.device and made.unfit:
+        lines.append(
+            f"{len(made.unfit)} of {len(made.trials)} trials do not fit: lower data.max_length, set "
+            "train.gradient_checkpointing, or take a larger device"
+        )
+    if (hours := made.gpu_hours) is not None:
+        lines.append(
+            "times take the device to reach half of its peak speed: docs/planning.md has how good that is"
+        )
+        verdict = {None: "", True: ", within", False: ", OVER"}[made.within_budget]
+        budget = f"{verdict} the budget of {made.budget_hours:g}" if verdict else ""
+        lines.append(f"{hours:.1f} GPU hours in all{budget}")
+    elif made.budget_hours is not None:
+        lines.append(f"the budget of {made.budget_hours:g} GPU hours cannot be checked without times")
+    return lines
+
+
+def _hours(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds / 3600:.2f}"
 
 
 def status_json(record: SweepRecord) -> Mapping[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +13,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for tensors this small a second
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # waiting threads leave the core to whoever needs it
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _a_cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is kept in the cache of whoever runs the tests, but where one is named for them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if "SWEEPSVC_CACHE" not in os.environ:
+            patch.setenv("SWEEPSVC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -17,20 +17,24 @@ from sweeps.errors import BadModel
 from sweeps.spec import LoraSpec
 from sweeps.trial.base import Base
 from sweeps.trial.paths import whole_folder
-from sweeps.trial.targets import Layers, announce, lora_params, match
+from sweeps.trial.targets import Layers, announce, lora_params, magnitude_params, match, refuse_rank
 
 # peft's names in an adapter file carry the path of its own wrapper, which we do without.
 _FILE_PREFIX = "base_model.model."
 _WEIGHTS_FILE = "adapter_model.safetensors"
+_MAGNITUDE = "lora_magnitude_vector"  # of DoRA
 
 
 def attach(base: Base, lora: LoraSpec, seed: int) -> Adapter:
     """Put a new adapter on `base`. It starts as the identity, and depends on nothing but `lora` and `seed`.
 
     The model is then in evaluation mode, and the process's random numbers are as they were. Raises
-    `BadModel` if a target matches no linear layer or does not take LoRA; the base is then as it was.
+    `BadModel` if a target matches no linear layer, is narrower than `lora.r` or does not take LoRA; the base
+    is then as it was.
     """
-    adapter = Adapter(base, lora, match(base.layers, lora.targets))
+    layers = match(base.layers, lora.targets)
+    refuse_rank(layers, lora.r)
+    adapter = Adapter(base, lora, layers)
     try:
         adapter._inject(seed)
         adapter._check()
@@ -69,7 +73,8 @@ class Adapter:
     @property
     def trainable_params(self) -> int:
         """How many numbers it trains."""
-        return lora_params(self._layers, self.lora.r)
+        magnitudes = magnitude_params(self._layers) if self.lora.dora else 0
+        return lora_params(self._layers, self.lora.r) + magnitudes
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -81,7 +86,10 @@ class Adapter:
             why = "the model's compute dtype"
         else:
             why = "a float16 adapter would not train"
-        return (announce(self.lora, self._layers), f"adapter dtype {dtype}: {why}")
+        notes = (announce(self.lora, self._layers), f"adapter dtype {dtype}: {why}")
+        if not self.lora.dora or self.dtype == torch.float32:
+            return notes
+        return (*notes, f"DoRA's lengths in float32: {dtype} is too coarse for their steps")
 
     def parameters(self) -> tuple[torch.nn.Parameter, ...]:
         """The trainable parameters, in the order of the model; none once detached."""
@@ -159,9 +167,28 @@ class Adapter:
         self._config.target_modules = sorted(self._config.target_modules)  # a set, in no order, until now
         self._config.inference_mode = True  # what peft writes, so that a reader gets frozen weights
         self._parameters = _named_parameters(self.model, self._name)
-        for parameter in self._parameters.values():
-            parameter.data = parameter.data.to(self.dtype)
+        for name, parameter in self._parameters.items():
+            if _MAGNITUDE not in name:
+                parameter.data = parameter.data.to(self.dtype)
+        if self.lora.dora:
+            self._set_lengths()
         self.model.eval()  # new layers are born in training mode
+
+    def _set_lengths(self) -> None:
+        """Let DoRA's lengths be what its own forward pass finds, to the last digit, in float32.
+
+        peft takes them in another dtype than the pass does, and in 16 bits the adapter would not start as the
+        identity. Nor would it train them: near 1 bfloat16 goes by 0.008, an optimiser's step is below 0.001.
+        """
+        from peft.utils.integrations import dequantize_module_weight
+
+        for name, layer in _lora_layers(self.model):
+            if name in self._layers:
+                magnitude = layer.lora_magnitude_vector[self._name]
+                weight = dequantize_module_weight(layer.get_base_layer()).to(self.dtype)
+                no_update = torch.zeros((), dtype=self.dtype, device=weight.device)
+                lengths = magnitude.get_weight_norm(weight, no_update, scaling=1.0)
+                magnitude.weight.data = lengths.detach().float()
 
     def _check(self) -> None:
         """peft drops a name that it does not match without a word (law L5)."""
@@ -195,6 +222,8 @@ def _peft_config(base: Base, lora: LoraSpec, layers: Layers) -> Any:
         r=lora.r,
         lora_alpha=int(lora.alpha) if lora.alpha.is_integer() else lora.alpha,
         lora_dropout=lora.dropout,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
         target_modules=list(layers),
         bias="none",
         task_type="CAUSAL_LM",
@@ -228,7 +257,7 @@ def _named_parameters(model: Any, adapter: str) -> dict[str, torch.nn.Parameter]
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if f".lora_A.{adapter}." in name or f".lora_B.{adapter}." in name
+        if any(f".{kind}.{adapter}." in name for kind in ("lora_A", "lora_B", _MAGNITUDE))
     }
 
 
@@ -237,6 +266,6 @@ def _remove(adapter: str, layer: Any) -> None:
     others = [name for name in layer.lora_A if name != adapter]
     if others and adapter in layer.active_adapters:
         layer.set_adapter(others[-1])
-        for parameter in (*layer.lora_A.parameters(), *layer.lora_B.parameters()):
-            parameter.requires_grad_(True)  # set_adapter freezes those not in use
+        for weights in (layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
+            weights.requires_grad_(True)  # set_adapter freezes those not in use
     layer.delete_adapter(adapter)

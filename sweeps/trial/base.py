@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import logging
 import platform
@@ -13,14 +14,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from sweeps.errors import BadModel
 from sweeps.spec import ModelSpec, OptimizerSpec
 from sweeps.trial import gguf
-from sweeps.trial.source import FolderModel, GgufModel, Source, locate, read_config, unloadable
+from sweeps.trial.source import (
+    FolderModel,
+    GgufModel,
+    Source,
+    locate,
+    read_config,
+    read_tokenizer,
+    unloadable,
+)
 from sweeps.trial.targets import Shape, linear_layers
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -86,10 +95,12 @@ def load_base(spec: ModelSpec, device: torch.device | None = None) -> Base:
             source = FolderModel(_converted(source, spec))
         config = read_config(source, spec)
         attention, why = _attention(spec, config, device, dtype)
-        model = _load_model(source, config, spec, device, dtype, attention)
+        with _of_the_class_linear(config, spec):
+            model = _load_model(source, config, spec, device, dtype, attention)
         tokenizer = _load_tokenizer(source, model, spec)
     _freeze(model)
     layers = linear_layers(model)
+    _check_quantized(model, spec)
     notes = (
         f"device {device} ({_device_name(device)}){_why_no_cuda(device)}",
         f"dtype {_name(dtype)}: {_why_dtype(spec, device)}",
@@ -122,8 +133,13 @@ def make_optimizer(parameters: Sequence[torch.nn.Parameter], spec: OptimizerSpec
             return _import_bitsandbytes().optim.PagedAdamW32bit(
                 parameters, lr=spec.lr, betas=betas, weight_decay=spec.weight_decay
             )
+        case "adamw_8bit":
+            return _import_bitsandbytes().optim.AdamW8bit(
+                parameters, lr=spec.lr, betas=betas, weight_decay=spec.weight_decay
+            )
 
 
+_TABLES = ("qmap1", "qmap2")  # bitsandbytes: what each of 256 codes stands for
 OptimizerState = tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]
 
 
@@ -132,12 +148,15 @@ def optimizer_state(
 ) -> OptimizerState:
     """What `optimizer` remembers: tensors by `<parameter>.<key>`, and other values by parameter and key.
 
-    The tensors are its own, not copies. Its settings are not in it: they are the spec's.
+    The tensors are its own, not copies. Its settings are not in it: they are the spec's. Nor are the tables
+    of an 8-bit state, which all parameters share and a new optimiser has.
     """
     tensors: dict[str, torch.Tensor] = {}
     values: dict[str, dict[str, Any]] = {}
     for name, parameter in parameters.items():
         for key, value in optimizer.state.get(parameter, {}).items():
+            if key in _TABLES:
+                continue
             if isinstance(value, torch.Tensor):
                 tensors[f"{name}.{key}"] = value
             else:
@@ -277,8 +296,15 @@ def _quantization_note(model: Any, spec: ModelSpec, layers: Mapping[str, Shape])
     if spec.quantization == "none":
         return "quantization none: set by model.quantization"
     packed = {name for name, _ in _four_bit_layers(model)}
-    rest = ", ".join(name for name in layers if name not in packed) or "none"
-    return f"quantization {spec.quantization}: {len(packed)} linear layers in 4 bits; left out: {rest}"
+    head = model.get_output_embeddings()
+    why = "it is tied to the embedding" if spec.quantize_lm_head else "model.quantize_lm_head is false"
+    rest = [
+        f"{name} ({why})" if model.get_submodule(name) is head else name
+        for name in layers
+        if name not in packed
+    ]
+    left_out = ", ".join(rest) or "none"
+    return f"quantization {spec.quantization}: {len(packed)} linear layers in 4 bits; left out: {left_out}"
 
 
 # --- loading ----------------------------------------------------------------------------------------
@@ -306,7 +332,7 @@ def _load_model(
             **source.place,
             config=config,
             dtype=dtype,
-            quantization_config=_quantization_config(spec, dtype),
+            quantization_config=_quantization_config(config, spec, dtype),
             device_map={"": "cpu" if device.type == "cpu" else device},
             attn_implementation=attention,
             trust_remote_code=spec.trust_remote_code,
@@ -328,10 +354,11 @@ def _load_model(
     return model
 
 
-def _quantization_config(spec: ModelSpec, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def _quantization_config(config: Any, spec: ModelSpec, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     if spec.quantization == "none":
         return None
     return BitsAndBytesConfig(
+        llm_int8_skip_modules=_left_out(config, spec),
         load_in_4bit=True,
         bnb_4bit_quant_type=spec.quantization,
         bnb_4bit_use_double_quant=spec.double_quantization,
@@ -339,11 +366,25 @@ def _quantization_config(spec: ModelSpec, dtype: torch.dtype) -> BitsAndBytesCon
     )
 
 
+def _left_out(config: Any, spec: ModelSpec) -> list[str] | None:
+    """What is not to be quantised: whatever shares its weights, as the model's own class tells it.
+
+    None is what transformers leaves out by itself: the output head too.
+    """
+    if not spec.quantize_lm_head:
+        return None
+    with torch.device("meta"):
+        outline = AutoModelForCausalLM.from_config(
+            copy.deepcopy(config), trust_remote_code=spec.trust_remote_code
+        )
+    tied = {name.removesuffix(".weight") for pair in outline.all_tied_weights_keys.items() for name in pair}
+    head = outline.get_output_embeddings()
+    is_tied = any(module is head for name, module in outline.named_modules() if name in tied)
+    return None if is_tied else sorted(tied)
+
+
 def _load_tokenizer(source: Source, model: Any, spec: ModelSpec) -> Any:
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(**source.place, trust_remote_code=spec.trust_remote_code)
-    except Exception as error:
-        raise unloadable(spec, error) from error
+    tokenizer = read_tokenizer(source, spec)
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
         raise BadModel(
@@ -353,6 +394,31 @@ def _load_tokenizer(source: Source, model: Any, spec: ModelSpec) -> Any:
     if tokenizer.pad_token is None:  # never a label of ours: rows are padded by number, with labels ignored
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
     return tokenizer
+
+
+@contextlib.contextmanager
+def _of_the_class_linear(config: Any, spec: ModelSpec) -> Iterator[None]:
+    """transformers packs layers of the very class Linear alone, and leaves Falcon's own class, which computes
+    the same, as it is: with a warning, a 40B model would stay at 84 GB."""
+    if config.model_type != "falcon" or spec.quantization == "none":
+        yield
+        return
+    from transformers.models.falcon import modeling_falcon
+
+    own = modeling_falcon.FalconLinear
+    modeling_falcon.FalconLinear = torch.nn.Linear
+    try:
+        yield
+    finally:
+        modeling_falcon.FalconLinear = own
+
+
+def _check_quantized(model: Any, spec: ModelSpec) -> None:
+    if spec.quantization != "none" and not any(_four_bit_layers(model)):
+        raise BadModel(
+            f"model.quantization={spec.quantization} must put linear layers of {spec.id} in 4 bits, and its "
+            f"{type(model).__name__} has none that can be; say none"
+        )
 
 
 def _freeze(model: Any) -> None:

@@ -29,6 +29,11 @@ class MicroBatch:
     labels: torch.Tensor
     tokens: int
 
+    @property
+    def predicted(self) -> torch.Tensor:
+        """How many tokens of each row the loss is taken over: (B,)."""
+        return (self.labels != IGNORED).sum(1)
+
     def to(self, device: torch.device) -> MicroBatch:
         return MicroBatch(
             self.ids.to(device, non_blocking=True), self.labels.to(device, non_blocking=True), self.tokens

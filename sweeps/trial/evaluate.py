@@ -41,6 +41,7 @@ __all__ = ["Evaluation", "evaluate", "make_lm", "task_names"]
 
 _logger = logging.getLogger("lm_eval.sweeps")  # heard by the report, as lm-eval's own warnings are
 
+_BLIMP = "nyu-mll/blimp"
 _SEED, _PYTHON_SEED = 1234, 0  # those of lm_eval.simple_evaluate
 
 
@@ -51,7 +52,7 @@ class Evaluation:
     `scores` has one score for each requested benchmark, and for each group that lm-eval gives a score to; a
     tag, or a group without a score of its own, gives those of its benchmarks instead. `report` is plain data:
 
-        {"lm_eval": version, "limit": ..., "warnings": [...],
+        {"lm_eval": version, "harness": "current", "limit": ..., "warnings": [...],
          "tasks": {name: {"version", "fewshot", "documents",
                           "metrics": {"acc,none": {"value", "stderr"}},
                           "per_document": {"doc_hash": [...], "acc,none": [...], "loglikelihoods": [[...]]}}},
@@ -83,7 +84,7 @@ def evaluate(
     """
     needs = "a causal language model and a tokenizer of transformers are needed"
     with _quiet(), _failing_as("lm-eval must take the model", needs):  # its warnings of this are not kept
-        lm = make_lm(model, tokenizer, spec.batch_size, should_stop)
+        lm = make_lm(model, tokenizer, spec, should_stop)
     with _quiet() as warnings, TrialRng(_SEED, lm.device).active(), _evaluating(model), torch.no_grad():
         random.seed(_PYTHON_SEED)
         loaded = {name: _load(name, spec) for name in spec.tasks}  # all, before the first is scored
@@ -92,6 +93,7 @@ def evaluate(
         scores={name: score for part in parts for name, score in part.scores.items()},
         report={
             "lm_eval": lm_eval.__version__,
+            "harness": spec.harness,
             "limit": spec.limit,
             "warnings": list(warnings.texts.values()),
             "tasks": {name: task for part in parts for name, task in part.report["tasks"].items()},
@@ -108,12 +110,21 @@ def check(spec: EvaluateSpec) -> None:
 
 
 def make_lm(
-    model: torch.nn.Module, tokenizer: Any, batch_size: int, should_stop: Callable[[], bool] = never
+    model: torch.nn.Module, tokenizer: Any, spec: EvaluateSpec, should_stop: Callable[[], bool] = never
 ) -> HFLM:
     """The model as lm-eval sees it. Another model class would be put in here."""
     # A copy of the tokenizer, which may get a pad token and has its padding and truncation set.
-    live = _LiveModel(model, should_stop)
-    return HFLM(pretrained=live, tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size)
+    live, own = _LiveModel(model, should_stop), copy.deepcopy(tokenizer)
+    if spec.harness == "current":
+        return HFLM(pretrained=live, tokenizer=own, batch_size=spec.batch_size)
+    # In 2023 no text began with BOS, and what has no context came behind EOS.
+    return HFLM(
+        pretrained=live,
+        tokenizer=own,
+        batch_size=spec.batch_size,
+        add_bos_token=False,
+        prefix_token_id=own.eos_token_id,
+    )
 
 
 class _LiveModel:
@@ -231,6 +242,8 @@ def _load(name: str, spec: EvaluateSpec) -> Any:
         loaded = TaskManager(include_defaults=False, include_path=roots).load([name])
         for task in loaded["tasks"].values():
             _set_fewshot(task, spec.num_fewshot)
+            if spec.harness == "2023" and task.config.dataset_path == _BLIMP:
+                task.set_config("target_delimiter", "")  # its sentences follow nothing, not a space
     return loaded
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch.nn import functional
@@ -21,6 +21,7 @@ from sweeps.trial.measure import Stopwatch
 from sweeps.trial.rng import TrialRng
 
 OptimizerFactory = Callable[[Sequence[torch.nn.Parameter], OptimizerSpec], torch.optim.Optimizer]
+Weighting = Literal["sample", "token"]
 State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
@@ -130,16 +131,31 @@ class Keeps(Protocol):
 def learning_rate(step: int, spec: TrialSpec) -> float:
     """The rate of the optimiser update that follows `step` updates.
 
-    Linear from 0 over the warmup; then constant, or half a cosine from the peak towards 0 over the
-    remaining steps (Loshchilov and Hutter, SGDR, without restarts).
+    Linear from 0 over the warmup; then constant, or from the peak towards 0 in a line or in half a cosine
+    (Loshchilov and Hutter, SGDR, without restarts).
     """
     peak, warmup = spec.optimizer.lr, spec.schedule.warmup_steps
     if step < warmup:
         return peak * step / warmup
-    if spec.schedule.name == "constant":
-        return peak
-    done = (step - warmup) / (spec.steps - warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * done))
+    match spec.schedule.name:
+        case "constant":
+            return peak
+        case "linear":
+            return peak * (1 - _decayed(step, spec))
+        case "cosine":
+            return peak * 0.5 * (1 + math.cos(math.pi * _decayed(step, spec)))
+
+
+def _decayed(step: int, spec: TrialSpec) -> float:
+    """How much of its way from the peak to 0 a schedule has behind it, the warmup being over.
+
+    The article's code set its cosine to the number of all steps, and moved it on from the second update at
+    the peak: of 390 steps with 100 of warmup the last stands at 288 / 390.
+    """
+    taken = step - spec.schedule.warmup_steps
+    if spec.schedule.t_max == "all_steps":
+        return max(0, taken - 1) / spec.steps
+    return taken / (spec.steps - spec.schedule.warmup_steps)
 
 
 def row_losses(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -148,7 +164,7 @@ def row_losses(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
     losses = functional.cross_entropy(
         logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="none"
     ).view_as(batch.labels)  # (B, T - 1)
-    return losses.sum(1) / (batch.labels != IGNORED).sum(1)
+    return losses.sum(1) / batch.predicted
 
 
 def finetune(
@@ -162,6 +178,7 @@ def finetune(
     """
     assert spec.train is not None
     train, trained, parameters = spec.train, training.trained, training.parameters
+    weighting = train.loss_weighting
     optimizer, judge, unread = training.optimizer, training.judge, training.unread
     order = batches.row_order(len(data.train), train, spec.steps)
 
@@ -170,7 +187,7 @@ def finetune(
     for step, picks in enumerate(order[trained.step :], start=trained.step):
         # forward and backward
         rows = [data.train[pick] for pick in picks]
-        unread.append(_accumulate(model, parameters, rows, training.rng, trained))
+        unread.append(_accumulate(model, parameters, rows, weighting, training.rng, trained))
 
         # update
         lr = learning_rate(step, spec)
@@ -223,7 +240,10 @@ def _finite(loss: float, step: int) -> float:
 
 
 def held_out_loss(model: torch.nn.Module, rows: Sequence[TokenRow], token_budget: int) -> float:
-    """The mean of the rows' losses, without dropout; leaves the model in training mode."""
+    """The mean of the rows' losses, without dropout; leaves the model in training mode.
+
+    Rows weigh the same whatever `train.loss_weighting` says, so that trials of both kinds compare.
+    """
     device = next(model.parameters()).device
     model.eval()
     try:
@@ -240,15 +260,16 @@ def _accumulate(
     model: torch.nn.Module,
     parameters: Sequence[torch.nn.Parameter],
     rows: Sequence[TokenRow],
+    weighting: Weighting,
     rng: TrialRng,
     trained: Trained,
 ) -> torch.Tensor:
-    """Add the gradient of the rows' mean loss to the parameters; the loss as a scalar on the device."""
+    """Add the gradient of the step's mean loss to the parameters; the loss as a scalar on the device."""
     device = parameters[0].device
     while True:
         try:
             with rng.active():
-                return _forward_backward(model, rows, device, trained.token_budget)
+                return _forward_backward(model, rows, weighting, device, trained.token_budget)
         except torch.OutOfMemoryError as error:
             longest = max(len(row) for row in rows)
             if trained.token_budget <= longest:
@@ -264,12 +285,21 @@ def _accumulate(
 
 
 def _forward_backward(
-    model: torch.nn.Module, rows: Sequence[TokenRow], device: torch.device, token_budget: int
+    model: torch.nn.Module,
+    rows: Sequence[TokenRow],
+    weighting: Weighting,
+    device: torch.device,
+    token_budget: int,
 ) -> torch.Tensor:
+    """The mean over the step's rows, or over its predicted tokens, in whichever micro-batch they are."""
     total = torch.zeros((), device=device)
+    parts = len(rows) if weighting == "sample" else sum(row.predicted for row in rows)
     for batch in batches.micro_batches(rows, token_budget):
-        # Every row weighs the same, whatever its length and whichever micro-batch it is in.
-        loss = row_losses(model, batch.to(device)).sum() / len(rows)
+        batch = batch.to(device)
+        losses = row_losses(model, batch)  # (B,)
+        if weighting == "token":
+            losses = losses * batch.predicted
+        loss = losses.sum() / parts
         loss.backward()
         total += loss.detach()
     return total

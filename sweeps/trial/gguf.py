@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
-import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from sweeps.errors import BadModel
+from sweeps.trial.cache import cache_home, only_one
 from sweeps.trial.paths import whole_folder
 from sweeps.trial.source import GgufModel
 
 
 def cached_folder(path: Path) -> Path:
-    """Where the converted `path` lies, or would lie: named by the file's content.
-
-    Under `$SWEEPSVC_CACHE`, or `~/.cache/sweepsvc`.
-    """
-    home = Path(os.environ.get("SWEEPSVC_CACHE") or "~/.cache/sweepsvc").expanduser()
+    """Where the converted `path` lies, or would lie: named by the file's content."""
     with path.open("rb") as file:
-        return home / "models" / hashlib.file_digest(file, "sha256").hexdigest()
+        return cache_home() / "models" / hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def converted(path: Path) -> Path:
@@ -37,7 +30,7 @@ def converted(path: Path) -> Path:
     folder = cached_folder(path)
     if folder.exists():
         return folder
-    with _only_one(folder):
+    with only_one(folder):
         if not folder.exists():
             _convert(path, folder)
     return folder
@@ -66,12 +59,3 @@ def _drop_foreign_tokens(file: Path, rows: int) -> None:
     tokenizer = json.loads(file.read_text("utf-8"))
     tokenizer["added_tokens"] = [token for token in tokenizer["added_tokens"] if token["id"] < rows]
     file.write_text(json.dumps(tokenizer, ensure_ascii=False), "utf-8")
-
-
-@contextlib.contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Hold the lock of `folder` over all processes of this machine; it falls with the process."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        yield

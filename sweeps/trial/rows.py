@@ -16,7 +16,7 @@ import datasets
 
 from sweeps.errors import BadData
 from sweeps.spec import EvaluateSpec
-from sweeps.trial.data import read_file
+from sweeps.trial.readers import read_file
 
 _FILE_FORMATS = {"arrow", "csv", "json", "parquet", "text"}  # as `dataset_path`, these stand for files
 _DEV_SPLIT = "rows of <task>_dev.jsonl"

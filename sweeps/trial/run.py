@@ -17,20 +17,22 @@ import torch
 
 from sweeps.errors import BadData, EvaluationFailed, Interrupted, OutOfMemory, failure_class
 from sweeps.result import Failure, Measured, Outcome, Progress, Score, TrialResult
-from sweeps.spec import TrainSpec, TrialSpec
-from sweeps.trial import data as instructions
+from sweeps.spec import ModelSpec, TrainSpec, TrialSpec
 from sweeps.trial.adapter import Adapter, attach
 from sweeps.trial.base import Base, Resident, make_optimizer
-from sweeps.trial.budget import token_budget
+from sweeps.trial.budget import recomputes_activations, token_budget
 from sweeps.trial.causes import disk_full
 from sweeps.trial.checkpoint import Checkpoint, Checkpoints, Keeper
+from sweeps.trial.data import TokenData
 from sweeps.trial.evaluate import check, evaluate
 from sweeps.trial.finetune import Trained, Training, finetune
 from sweeps.trial.keeping import Keeping
 from sweeps.trial.lock import WAIT_SECONDS, FolderLock
 from sweeps.trial.measure import MemoryMeter, Stopwatch
+from sweeps.trial.merge import merge
 from sweeps.trial.paths import TrialFolder, remove, write_whole
 from sweeps.trial.rng import TrialRng
+from sweeps.trial.tokencache import prepare
 
 _DEFAULT_KEEPING = Keeping()
 _LIBRARIES = ("torch", "transformers", "peft", "bitsandbytes", "lm_eval")
@@ -91,11 +93,19 @@ class _Account:
             tokens_per_second=self.trained.tokens_per_second,
         )
 
-    def for_checkpoint(self, first_budget: int, announced: str) -> dict[str, Any]:
+    def stop_metering(self) -> None:
+        """The peaks so far are the trial's, whatever the process holds from here on."""
+        peaks = {name: peak for name, peak in self.measured() if "peak" in name}
+        self.earlier = self.earlier.model_copy(update=peaks)
+        if self.meter is not None:
+            self.meter.close()
+            self.meter = None
+
+    def for_checkpoint(self, first_budget: int, recomputes: bool) -> dict[str, Any]:
         """What the next attempt must know beside the training's own state."""
         return {
             "first_budget": first_budget,
-            "announced": announced,
+            "gradient_checkpointing": recomputes,
             "data_digest": self.data_digest,
             "measured": self.measured().model_dump(mode="json"),
             "notes": list(self.notes),
@@ -183,7 +193,9 @@ def _run(
 ) -> Iterator[Progress]:
     yield Progress(phase="loading")
     account.load.start()
-    base = resident.get(spec.model)
+    # Without training the model that is scored is all that is needed.
+    merges = spec.evaluate.weights == "merged"
+    base = resident.get(spec.model.unquantised() if merges and spec.train is None else spec.model)
     account.load.pause()
     account.meter = MemoryMeter(base.device)
     account.device = base.device_name
@@ -195,12 +207,9 @@ def _run(
 
     account.load.start()
     check(spec.evaluate)
-    rows = instructions.tokenize(instructions.read_rows(spec.data), spec.data, base.tokenizer)
+    rows, said = prepare(spec.data, base.tokenizer)
     account.data_digest = rows.digest
-    account.notes.append(
-        f"data: {len(rows.train)} rows to train on, {len(rows.held_out)} held out, {rows.truncated} cut at "
-        f"max_length (digest {rows.digest})"
-    )
+    account.notes += said
     with attach(base, spec.lora, spec.train.seed) as adapter:
         account.load.pause()
         account.trainable_params = adapter.trainable_params
@@ -208,28 +217,32 @@ def _run(
         yield from _train(spec, base, adapter, rows, files, account, keeping)
         yield Progress(phase="saving", step=spec.steps, steps=spec.steps)
         adapter.save(files.adapter)
-        yield from _evaluate(spec, base, adapter.model, files, account, keeping)
+        if not merges:
+            yield from _evaluate(spec, base, adapter.model, files, account, keeping)
+    if merges and spec.evaluate.tasks:
+        yield from _evaluate_merged(spec, base.device, files, account, keeping)
 
 
 def _train(
     spec: TrialSpec,
     base: Base,
     adapter: Adapter,
-    rows: instructions.TokenData,
+    rows: TokenData,
     files: TrialFolder,
     account: _Account,
     keeping: Keeping,
 ) -> Iterator[Progress]:
     assert spec.train is not None
-    if spec.train.gradient_checkpointing:
-        adapter.enable_gradient_checkpointing()
     trained, notes = account.trained, account.notes
     rng = TrialRng(spec.train.seed, base.device)
     training = Training(adapter.named_parameters(), spec, rng, make_optimizer, trained)
     checkpoints = Checkpoints(files.checkpoints, spec.digest, base.device.type)
-    budget, announced = _begin_or_resume(spec.train, base, training, checkpoints, account)
+    longest = max(map(len, rows.train))
+    budget, recomputes = _begin_or_resume(spec.train, base, longest, training, checkpoints, account)
+    if recomputes:
+        adapter.enable_gradient_checkpointing()
     keeper = Keeper(
-        checkpoints, keeping, lambda: account.for_checkpoint(budget, announced), notes, trained.step
+        checkpoints, keeping, lambda: account.for_checkpoint(budget, recomputes), notes, trained.step
     )
 
     yield Progress(phase="training", step=trained.step, steps=spec.steps, notes=tuple(notes))
@@ -247,21 +260,29 @@ def _train(
 
 
 def _begin_or_resume(
-    train: TrainSpec, base: Base, training: Training, checkpoints: Checkpoints, account: _Account
-) -> tuple[int, str]:
-    """Put the training where it was cut, if it was; the token budget of the first step, and its reason."""
+    train: TrainSpec,
+    base: Base,
+    longest: int,
+    training: Training,
+    checkpoints: Checkpoints,
+    account: _Account,
+) -> tuple[int, bool]:
+    """Put the training where it was cut, if it was; the token budget of the first step, and whether
+    activations are recomputed. `longest` is the longest row in tokens."""
     checkpoint, refused = checkpoints.newest()
     if checkpoint is None:
-        budget, announced = token_budget(train, base.model.config, base.dtype, base.device)
+        about = base.model.config, base.dtype, base.device
+        recomputes, said = recomputes_activations(train, longest, *about)
+        budget, announced = token_budget(train, recomputes, *about)
         training.trained.token_budget = budget
-        account.notes += [announced, *refused]
-        return budget, announced
+        account.notes += [*said, announced, *refused]
+        return budget, recomputes
     account.go_on_from(checkpoint)
     training.restore(checkpoint.tensors, checkpoint.values["training"])
     where = f"resumed at step {checkpoint.step} of {training.steps}"
     account.notes += [*refused, f"{where}, from the checkpoint of {checkpoint.written}"]
-    # The budget too is the checkpoint's, whatever memory is free by now: another one, other last digits.
-    return checkpoint.values["first_budget"], checkpoint.values["announced"]
+    # These too are the checkpoint's, whatever memory is free by now: another budget, other last digits.
+    return checkpoint.values["first_budget"], checkpoint.values["gradient_checkpointing"]
 
 
 def _evaluate(
@@ -280,6 +301,45 @@ def _evaluate(
     account.evaluation.pause()
     account.scores = evaluation.scores
     write_whole(files.evaluation, evaluation.to_json())
+
+
+def _evaluate_merged(
+    spec: TrialSpec, device: torch.device, files: TrialFolder, account: _Account, keeping: Keeping
+) -> Iterator[Progress]:
+    """Score the saved adapter in the unquantised base: a copy for that time, beside the resident one.
+
+    The copy's memory is no part of the trial's peak, which people compare for what training takes.
+    """
+    yield Progress(phase="loading", step=spec.steps, steps=spec.steps)
+    _stop_if_asked(keeping)
+    account.stop_metering()
+    meter = MemoryMeter(device)
+    copy = Resident(device)  # nothing else holds the copy, so that it is gone once dropped
+    model = spec.model.unquantised()
+    try:
+        account.load.start()
+        _merge(copy, model, files.adapter)
+        account.load.pause()
+        account.notes.append(
+            "scored: the unquantised base with the adapter merged into it, set by evaluate.weights"
+        )
+        yield from _evaluate(spec, copy.get(model), copy.get(model).model, files, account, keeping)
+        account.notes.append(
+            f"scoring the merged copy took up to {meter.peak_gb:.2f} GB, which peak_memory_gb leaves out"
+        )
+    finally:
+        meter.close()
+        copy.drop()
+
+
+def _merge(copy: Resident, model: ModelSpec, adapter: Path) -> None:
+    try:
+        merge(copy.get(model).model, adapter)
+    except torch.OutOfMemoryError as error:
+        raise OutOfMemory(
+            "evaluate.weights=merged needs room for the unquantised base beside the resident one, got "
+            f"{_message(OutOfMemory(str(error)))!r}; the adapter is kept; take a larger GPU, or say trained"
+        ) from error
 
 
 def _stop_if_asked(keeping: Keeping) -> None:

@@ -87,6 +87,16 @@ def read_config(source: Source, spec: ModelSpec) -> Any:
     return config
 
 
+def read_tokenizer(source: Source, spec: ModelSpec) -> Any:
+    """The transformers tokenizer of a model, without its weights. Raises `BadModel`, `DownloadFailed`."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(**source.place, trust_remote_code=spec.trust_remote_code)
+    except Exception as error:  # as for the config
+        raise unloadable(spec, error) from error
+
+
 def unloadable(spec: ModelSpec, error: Exception) -> BadModel | DownloadFailed:
     """`error`, which came out of loading `spec`, as ours: with the remedy that fits its cause."""
     text = " ".join(str(error).split())

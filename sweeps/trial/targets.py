@@ -54,6 +54,29 @@ def lora_params(layers: Layers, r: int) -> int:
     return r * sum(shape.in_features + shape.out_features for shape in layers.values())
 
 
+def magnitude_params(layers: Layers) -> int:
+    """What DoRA trains besides: one length for each output of `layers` (Liu et al. 2024, eq. 5)."""
+    return sum(shape.out_features for shape in layers.values())
+
+
+def largest_rank(layers: Layers) -> int:
+    """The smallest side among `layers`: a matrix of that side has no higher rank."""
+    return min(min(shape) for shape in layers.values())
+
+
+def refuse_rank(layers: Layers, r: int) -> None:
+    """Raise `BadModel` where `r` is above a side of a layer."""
+    most = largest_rank(layers)
+    if r > most:
+        name, shape = next((name, shape) for name, shape in layers.items() if min(shape) == most)
+        count = sum(min(shape) < r for shape in layers.values())
+        raise BadModel(
+            f"lora.r <= the smaller side of every layer in lora.targets must hold, got r={r} with {count} "
+            f"narrower layers, the narrowest {name} ({shape.in_features} x {shape.out_features}); lower "
+            f"lora.r to {most}, or list wider layers alone in lora.targets"
+        )
+
+
 def announce(lora: LoraSpec, layers: Layers) -> str:
     """What the adapter was put on, and why."""
     kinds = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in layers))

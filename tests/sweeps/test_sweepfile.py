@@ -90,6 +90,24 @@ def test_a_rule_of_the_trial_is_resolved() -> None:
     assert resolved.rules == {"lora.alpha": "2*r"}
 
 
+def test_the_harness_of_2023_is_a_year_with_quotes_and_without() -> None:
+    for written in ("2023", "'2023'"):
+        sweep = load(f"name: x\ntrial: {{evaluate: {{harness: {written}}}}}\n")
+        assert sweep.resolve({}).spec.evaluate.harness == "2023"
+        assert load("name: x\n", f"evaluate.harness={written}").resolve({}).spec == sweep.resolve({}).spec
+    assert faults_of("name: x\ntrial: {evaluate: {harness: 2022}}\n")[0].startswith(
+        "x.yaml:2: evaluate.harness: one of current, 2023 is needed, got 2022"
+    )
+
+
+def test_harnesses_and_flags_with_a_third_word_can_be_searched() -> None:
+    space = "{evaluate.harness: [current, 2023], train.gradient_checkpointing: [auto, true]}"
+    text = f"name: x\nsearch: {{space: {space}}}\n"
+    specs = [load(text).resolve(picks).spec for picks in load(text).search.space.combinations()]
+    found = {(spec.evaluate.harness, spec.train and spec.train.gradient_checkpointing) for spec in specs}
+    assert found == {("current", "auto"), ("current", True), ("2023", "auto"), ("2023", True)}
+
+
 def test_a_trial_may_train_nothing() -> None:
     sweep = load("name: x\ntrial: {train: none}\nsearch: {space: {model.id: [a, b]}}\n")
     assert [sweep.resolve(picks).spec.train for picks in sweep.search.space.combinations()] == [None, None]
@@ -212,6 +230,13 @@ def test_there_is_one_baseline_for_each_distinct_base_and_its_benchmarks() -> No
     found = [(spec.model.id, spec.evaluate.limit) for spec in load(text).baselines()]
     assert found == [(model, limit) for model in "ab" for limit in (5, 40, 80)]
     assert all(spec.train is None for spec in load(text).baselines())
+
+
+def test_adapters_that_are_scored_in_the_unquantised_base_have_that_for_their_baseline() -> None:
+    space = "search: {space: {model.quantization: [none, nf4, fp4]}}"
+    (baseline,) = load(f"name: x\ntrial: {{evaluate: {{weights: merged}}}}\n{space}\n").baselines()
+    assert baseline.model.quantization == "none"
+    assert len(load(f"name: x\n{space}\n").baselines()) == 3
 
 
 def test_a_baseline_follows_rules_through_rules() -> None:

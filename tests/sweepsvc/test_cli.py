@@ -125,7 +125,10 @@ def test_plan_counts_parameters_without_weights_or_network(
     counts = {trial["params"]["lora.r"]: trial["trainable_params"] for trial in plan["trials"]}
     assert (counts[8], counts[16], counts[256]) == (20_277_248, 40_554_496, 648_871_936)
     assert set(plan["trials"][0]) == {"number", "params", "trainable_params", "predicted"}
-    assert set(plan["trials"][0]["predicted"]) == {"peak_memory_gb", "train_seconds", "fits"}
+    assert set(plan["trials"][0]["predicted"]) >= {"peak_memory_gb", "train_seconds", "fits"}
+    assert plan["device"] == "a100-40gb"  # resources.accelerator
+    assert all(trial["predicted"]["fits"] for trial in plan["trials"])
+    assert plan["total"]["gpu_hours"] > 5
     assert plan["sweep"] == "rank_alpha"
     assert plan["total"]["trials"] == 24
     assert {"lora.r": 256, "lora.alpha": 512.0, "lora.alpha_rule": "2*r"} in [
@@ -142,8 +145,34 @@ def test_plan_lists_each_distinct_trial_once_and_takes_overrides(
     )
     plan = json.loads(capsys.readouterr().out)
     assert [trial["params"]["lora.alpha"] for trial in plan["trials"]] == [16.0, 512.0, 16.0]
-    assert plan["total"] == {"trials": 3, "baselines": 1, "gpu_hours": None}
+    assert plan["total"].items() >= {"trials": 3, "baselines": 1, "gpu_hours": None}.items()
+    assert plan["trials"][0]["predicted"]["fits"] is None
+    assert plan["trials"][0]["predicted"]["peak_memory_gb"] > 4
     assert not Path("runs").exists()
+
+
+def test_plan_tells_hours_on_a_named_device_and_holds_them_against_a_budget(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("demo.yaml").write_text(SWEEP)
+    assert run(monkeypatch, "plan", "demo.yaml", "--device", "rtx4090", "--budget", "1", "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    hours = plan["total"]["gpu_hours"]
+    assert hours > 1
+    assert plan["total"]["budget_gpu_hours"] == 1
+    assert plan["total"]["within_budget"] is False
+    assert run(monkeypatch, "plan", "demo.yaml", "--device", "rtx4090", "--budget", "1") == 0
+    told = capsys.readouterr().out
+    assert f"{hours:.1f} GPU hours in all, OVER the budget of 1" in told
+    assert "on NVIDIA GeForce RTX 4090" in told
+
+
+def test_an_unknown_device_is_bad_input_with_the_names_there_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("demo.yaml").write_text(SWEEP)
+    assert run(monkeypatch, "plan", "demo.yaml", "--device", "a100") == 2
+    assert "a100-40gb, a100-80gb" in capsys.readouterr().err
 
 
 def test_plan_shows_examples_of_a_space_without_an_end(
@@ -188,6 +217,24 @@ def test_status_shows_the_newest_sweep_or_the_one_that_is_named(
     )
     assert run(monkeypatch, "status", "demo-1") == 0
     assert "0.750 ± 0.100" in capsys.readouterr().out
+
+
+def test_export_reads_the_study_and_looks_for_the_trials_files_in_the_home(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    study = open_demo("demo-1")
+    for result in (scored(0.5), scored(0.75)):
+        proposal = study.ask()
+        assert proposal is not None
+        study.started(proposal)
+        study.tell(proposal, result)
+    assert run(monkeypatch, "export", "demo", "--best", "-o", "out") == 2
+    told = capsys.readouterr().err
+    assert f"must hold the adapter that it ended with, got {Path('runs/demo-1/trials/1').absolute()}" in told
+    assert run(monkeypatch, "export", "demo", "--trial", "2", "-o", "out") == 2
+    assert "--trial must name a trial of demo-1 (0 to 1), got 2" in capsys.readouterr().err
+    assert run(monkeypatch, "export", "nope", "--best", "-o", "out") == 2
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["runs"]
 
 
 def test_a_sweep_whose_driver_is_gone_is_shown_as_interrupted(

@@ -1,14 +1,22 @@
-"""How many trials a sweep runs, whatever its space is like."""
+"""How many trials a sweep runs, whatever its space is like, and what they take in all."""
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
 import pytest
+from rich.console import Console
 
+from sweeps.devices import Device
+from sweeps.spec import TrialSpec
 from sweeps.sweep import Sweep
 from sweeps.sweepfile import load_sweep_text
+from sweeps.trial.memory import Memory
+from sweeps.trial.predict import Prediction
 from sweepsvc import plan as planning
+from sweepsvc.view import plan_lines, plan_table
 
 HEAD = "name: demo\ntrial: {evaluate: {tasks: [blimp_causative]}}\nsearch:\n"
 
@@ -17,9 +25,25 @@ def sweep(search: str, tmp_path: Path) -> Sweep:
     return load_sweep_text(HEAD + search, "demo.yaml", (), tmp_path)
 
 
+def foretold(spec: TrialSpec, device: Device | None, on_cpu: bool = False) -> Prediction:
+    """An hour of training for each unit of rank, half an hour of evaluation, a GB for each unit of rank."""
+    trains = spec.train is not None
+    return Prediction(
+        trainable_params=spec.lora.r if trains else 0,
+        memory=Memory(base=4e9, activations=spec.lora.r * 1e9),
+        least_gb=4.0 + spec.lora.r,
+        token_budget=1024,
+        fits=spec.lora.r < 16 if device else None,
+        train_seconds=3600.0 * spec.lora.r if trains and device else None,
+        eval_seconds=1800.0 if device else None,
+        notes=("on a CPU",) if on_cpu else (),
+    )
+
+
 @pytest.fixture(autouse=True)
 def _without_models(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sweeps.trial.estimate.trainable_params", lambda spec: spec.lora.r)
+    monkeypatch.setattr("sweeps.trial.predict.predict", foretold)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
 
 
 def test_repeats_count_in_a_finite_space(tmp_path: Path) -> None:
@@ -41,3 +65,121 @@ def test_a_very_large_grid_is_counted_and_listed_in_part(
     made = planning.plan(sweep(f"  {{sampler: grid, space: {space}}}\n", tmp_path))
     assert (len(made.trials), made.runs) == (20, 80)
     assert "the first 20 of up to 80" in made.note
+
+
+GRID = "  {sampler: grid, space: {lora.r: [4, 8]}}\n"
+
+
+def test_the_hours_are_those_of_every_run_and_every_baseline(tmp_path: Path) -> None:
+    repeats = GRID.replace("grid,", "grid, repeats: 3,")
+    made = planning.plan(sweep(repeats, tmp_path), "h100")
+    assert made.gpu_hours == 3 * (4.5 + 8.5) + 0.5
+    on_two = sweep(repeats + "resources: {gpus: 2}\n", tmp_path)
+    assert planning.plan(on_two, "h100").gpu_hours == 2 * (3 * (4.5 + 8.5) + 0.5)
+
+
+def test_the_hours_of_a_sampler_that_runs_some_trials_are_those_of_the_mean(tmp_path: Path) -> None:
+    some = "  {sampler: random, trials: 1, space: {lora.r: [4, 8]}}\nbaseline: false\n"
+    assert planning.plan(sweep(some, tmp_path), "h100").gpu_hours == 6.5
+
+
+def test_trials_that_are_tried_first_are_listed_first_and_count_in_full(tmp_path: Path) -> None:
+    head = (
+        "  {sampler: random, trials: 2, space: {lora.r: [4, 8, 12]}, first: [{lora.r: 8}]}\nbaseline: false\n"
+    )
+    made = planning.plan(sweep(head, tmp_path), "h100")
+    assert [(trial.resolved.spec.lora.r, trial.is_first) for trial in made.trials] == [
+        (8, True),
+        (4, False),
+        (12, False),
+    ]
+    assert made.gpu_hours == 8.5 + (4.5 + 12.5) / 2
+    assert "0 first" in shown(made)
+    only = planning.plan(sweep(head.replace("trials: 2", "trials: 1"), tmp_path), "h100")
+    assert only.gpu_hours == 8.5
+
+
+def test_a_budget_is_kept_or_not_or_cannot_be_checked(tmp_path: Path) -> None:
+    grid = sweep(GRID, tmp_path)
+    assert planning.plan(grid, "h100", 13.5).within_budget is True
+    assert planning.plan(grid, "h100", 13.4).within_budget is False
+    unknown = planning.plan(grid, None, 13.4)
+    assert unknown.within_budget is None
+    assert "the budget of 13.4 GPU hours cannot be checked without times" in plan_lines(unknown)
+
+
+@pytest.mark.parametrize(
+    ("resources", "device", "note"),
+    [
+        ("{gpus: 1, accelerator: A100}", "a100-40gb", "resources.accelerator is A100"),
+        ("{gpus: 1, accelerator: TPU-V4}", None, "resources.accelerator=TPU-V4 is not in the table"),
+        ("{gpus: 1}", None, "no GPU is here; --device NAME"),
+        ("{gpus: 0}", None, "on the CPU, no times; --device NAME"),
+    ],
+)
+def test_the_device_is_the_sweeps_own_or_none(
+    tmp_path: Path, resources: str, device: str | None, note: str
+) -> None:
+    made = planning.plan(sweep(GRID + f"resources: {resources}\n", tmp_path))
+    assert (made.device.name if made.device else None) == device
+    assert note in made.device_note
+    assert made.notes == (["on a CPU"] if "CPU" in note else [])
+
+
+def test_the_gpu_that_is_here_is_the_device_where_none_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    for title, name in (("NVIDIA L4", "l4"), ("NVIDIA Nothing", None)):
+        monkeypatch.setattr("torch.cuda.get_device_name", lambda title=title: title)
+        made = planning.plan(sweep(GRID, tmp_path))
+        assert (made.device.name if made.device else None) == name
+
+
+def shown(made: planning.Plan) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(plan_table(made))
+    return console.export_text()
+
+
+def test_the_table_says_what_fits_and_for_how_long(tmp_path: Path) -> None:
+    made = planning.plan(sweep(GRID.replace("8]", "32]"), tmp_path), "h100")
+    text, lines = shown(made), plan_lines(made)
+    assert "train h" in text
+    assert "32.00" in text
+    assert " no " in text
+    assert made.unfit == [1]
+    assert any(line.startswith("1 of 2 trials do not fit") for line in lines)
+    assert "peak of trial 1: 36.00 GB = base 4.00 + activations 32.00" in lines
+
+
+def test_the_table_has_no_hours_without_a_device(tmp_path: Path) -> None:
+    assert "train h" not in shown(planning.plan(sweep(GRID, tmp_path)))
+
+
+def test_the_json_has_the_stable_names(tmp_path: Path) -> None:
+    told: Any = planning.plan_json(planning.plan(sweep(GRID, tmp_path), "h100", 20.0))
+    assert told["trials"][0]["predicted"] == {
+        "peak_memory_gb": 8.0,
+        "memory_gb": {
+            "base": 4.0,
+            "adapters": 0,
+            "gradients": 0,
+            "optimizer": 0,
+            "activations": 4.0,
+            "logits": 0,
+            "workspace": 0,
+        },
+        "least_memory_gb": 8.0,
+        "token_budget": 1024,
+        "train_seconds": 14400.0,
+        "eval_seconds": 1800.0,
+        "fits": True,
+    }
+    assert told["total"] == {
+        "trials": 2,
+        "baselines": 1,
+        "gpu_hours": 13.5,
+        "budget_gpu_hours": 20.0,
+        "within_budget": True,
+    }

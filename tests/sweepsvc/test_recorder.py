@@ -28,7 +28,7 @@ from sweeps.sweep import Sweep
 from sweeps.trial.paths import TrialFolder
 from sweepsvc.plain import PlainRecorder, PlainStudy
 from sweepsvc.protocols import Proposal, Recorder, Report
-from sweepsvc.recorder import MlflowRecorder, run_name, ui_command
+from sweepsvc.recorder import MlflowRecorder, check_registry, register_model, run_name, ui_command
 from tests.sweepsvc.samples import TASK, result_of, sweep_of
 
 FACTS = {"git_commit": "0123abc", "python": "3.11.0", "store": "postgresql://me:secret@db/x"}
@@ -264,6 +264,8 @@ def test_every_field_of_a_trial_is_a_param_with_how_it_was_written(
         "lora.dropout": "0.05",
         "lora.targets": "all",
         "lora.dtype": "auto",
+        "lora.rslora": "false",
+        "lora.dora": "false",
     }
     assert params["evaluate.tasks"] == f"[{TASK}]"
     assert (params["optimizer.lr"], params["train.clip_norm"]) == ("0.0003", "none")
@@ -295,6 +297,13 @@ def test_fields_of_one_name_are_named_in_full() -> None:
     proposal = PlainStudy(sweep_of(f"sampler: grid, space: {space}"), "sweep-1", {}).ask()
     assert proposal is not None
     assert run_name(proposal) == "0 optimizer.name=sgd schedule.name=constant targets=[q_proj, v_proj]"
+
+
+def test_a_prompt_of_many_lines_names_a_run_on_one() -> None:
+    space = '{data.prompt: ["Q:\\n{question}"]}'
+    proposal = PlainStudy(sweep_of(f"sampler: grid, space: {space}"), "sweep-1", {}).ask()
+    assert proposal is not None
+    assert run_name(proposal) == "0 prompt=Q: {question}"
 
 
 def test_final_numbers_have_their_stable_names(
@@ -637,3 +646,100 @@ def test_the_ui_is_a_server_on_loopback_over_this_store(tmp_path: Path) -> None:
         "--port": "5001",
         "--workers": "1",
     }
+
+
+# --- the model registry -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_id(recorder: MlflowRecorder, proposals: list[Proposal], folder: Path) -> str:
+    """The run of a completed trial."""
+    made = recorder.start(proposals[1])
+    recorder.end(made, proposals[1], result_of("completed", 0.5), folder)
+    return made
+
+
+def registered_files(name: str, version: str, to: Path) -> dict[str, str]:
+    """The files of a version, as anyone downloads them by its address."""
+    to.mkdir()
+    folder = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{version}", dst_path=str(to)))
+    return {file.name: file.read_text() for file in folder.iterdir()}
+
+
+def test_a_registered_model_is_read_back_from_the_registry_and_no_later_version_changes_it(
+    uri: str, run_id: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    name = next(_names)
+    check_registry(uri, run_id, name)
+    versions = []
+    for text in ("one", "two"):
+        (model / "weights.txt").write_text(text)
+        versions.append(register_model(uri, run_id, model, name, "x" * 6000, {"kind": text}))
+    assert versions == ["1", "2"]
+
+    client = MlflowClient(uri, uri)
+    first = client.get_model_version(name, "1")
+    assert (first.run_id, first.status, first.tags) == (run_id, "READY", {"kind": "one"})
+    assert set(first.description) == {"x"}
+    assert artifacts(client, run_id) >= {"result.json", "adapter/adapter_model.safetensors"}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    assert registered_files(name, "1", tmp_path / "back-1") == {"weights.txt": "one"}
+    assert registered_files(name, "2", tmp_path / "back-2") == {"weights.txt": "two"}
+
+
+def test_what_cannot_be_registered_is_known_before(
+    uri: str, run_id: str, recorder: MlflowRecorder, tmp_path: Path
+) -> None:
+    for name in ("", " ", "a/b", "a:b", ".."):
+        with pytest.raises(CannotStart, match="name must be text without / and :"):
+            check_registry(uri, run_id, name)
+    with pytest.raises(CannotStart, match=r"the MLflow store must be reachable.*not found"):
+        check_registry(uri, "0" * 32, "rivers")
+    recorder.delete(run_id)
+    with pytest.raises(CannotStart, match=f"got {run_id}, deleted; restore it"):
+        check_registry(uri, run_id, "rivers")
+
+
+def test_a_registry_that_fails_is_said_with_its_address(
+    uri: str, run_id: str, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise MlflowException("the registry is away")
+
+    monkeypatch.setattr(MlflowClient, "create_model_version", fails)
+    with pytest.raises(CannotStart, match=f"must be reachable, got {uri}: the registry is away"):
+        register_model(uri, run_id, folder, "rivers", "", {})
+
+
+# --- a report ---------------------------------------------------------------------------------------
+
+
+def test_a_report_is_kept_with_the_sweeps_run_and_the_last_one_stands(
+    recorder: MlflowRecorder, sweep: Sweep, uri: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "report.md"
+    other = MlflowRecorder(sweep, "sweep-1", uri, tmp_path / "mlartifacts", {})
+    for text in ("first", "second"):
+        file.write_text(text)
+        other.keep([file], "report")
+    client = MlflowClient(tracking_uri=uri)
+    (parent,) = client.search_runs(
+        [client.get_experiment_by_name(sweep.name).experiment_id], "tags.role = 'sweep'"
+    )
+    assert parent.info.status == "RUNNING"
+    kept = client.download_artifacts(parent.info.run_id, "report/report.md", str(tmp_path))
+    assert Path(kept).read_text() == "second"
+
+
+def test_a_sweep_that_the_tracker_does_not_know_gets_no_run_for_a_report(uri: str, tmp_path: Path) -> None:
+    unknown = MlflowRecorder(sweep_of("sampler: grid", name="unheard-of"), "x", uri, tmp_path, {})
+    with pytest.raises(CannotStart, match="must have a run in sqlite"):
+        unknown.keep([tmp_path / "report.md"], "report")
+    assert MlflowClient(tracking_uri=uri).get_experiment_by_name("unheard-of") is None
+    nowhere = f"sqlite:///{tmp_path / 'none.db'}"
+    absent = MlflowRecorder(sweep_of("sampler: grid"), "x", nowhere, tmp_path, {})
+    with pytest.raises(CannotStart, match="must have a run in sqlite"):
+        absent.keep([], "report")
+    assert not (tmp_path / "none.db").exists()

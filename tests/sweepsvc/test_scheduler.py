@@ -75,7 +75,7 @@ def ray_scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RaySched
         yield scheduler
 
 
-@pytest.fixture(params=["ray", "plain"])
+@pytest.fixture(params=[pytest.param("ray", marks=pytest.mark.slow), "plain"])
 def scheduler(request: pytest.FixtureRequest) -> Scheduler:
     if request.param == "plain":
         return SerialScheduler(ScriptedTrials())
@@ -124,6 +124,7 @@ def test_nothing_to_run_ends_at_once(scheduler: Scheduler, tmp_path: Path) -> No
 # --- Ray's ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_actor_is_used_again_and_thrown_away_after_a_failure(
     ray_scheduler: RayScheduler, tmp_path: Path
 ) -> None:
@@ -133,6 +134,7 @@ def test_an_actor_is_used_again_and_thrown_away_after_a_failure(
     assert ran_before == [0, 1, 2, 0]
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_is_a_lost_process_and_the_next_trial_runs(
     ray_scheduler: RayScheduler, tmp_path: Path
 ) -> None:
@@ -144,6 +146,7 @@ def test_a_worker_that_dies_is_a_lost_process_and_the_next_trial_runs(
     assert failure.kind == "process_lost"
 
 
+@pytest.mark.slow
 def test_trials_end_as_interrupted_once_they_are_asked_to_stop(
     ray_scheduler: RayScheduler, tmp_path: Path
 ) -> None:
@@ -156,6 +159,7 @@ def test_trials_end_as_interrupted_once_they_are_asked_to_stop(
     assert notebook.outcomes() == ["interrupted", "completed"]
 
 
+@pytest.mark.slow
 def test_a_worker_that_hears_sigterm_ends_its_trial_as_interrupted(
     ray_scheduler: RayScheduler, tmp_path: Path
 ) -> None:
@@ -172,6 +176,7 @@ def terminate_workers() -> None:
             child.terminate()
 
 
+@pytest.mark.slow
 def test_an_exception_in_the_driver_ends_what_is_running_as_interrupted(
     ray_scheduler: RayScheduler, tmp_path: Path
 ) -> None:
@@ -208,6 +213,7 @@ def test_a_conductor_that_has_nothing_just_now_is_asked_again(scheduler: Schedul
         ({"gpus": 0, "cpus": 1, "accelerator": "A100"}, r"accelerator_type:A100 .* accelerators none"),
     ],
 )
+@pytest.mark.slow
 def test_more_than_there_is_is_refused(
     monkeypatch: pytest.MonkeyPatch,
     ray_scheduler: RayScheduler,
@@ -232,12 +238,14 @@ def test_a_trial_without_gpus_takes_the_whole_machine_unless_told_otherwise(
     assert RayScheduler(Resources(gpus=0, cpus=1), tmp_path)._slots() == 6
 
 
+@pytest.mark.slow
 def test_a_trial_without_gpus_sees_none(ray_scheduler: RayScheduler, tmp_path: Path) -> None:
     notebook = Notebook(tmp_path, COMPLETES)
     ray_scheduler.run(notebook)
     assert notebook.reports[0][0].notes == ("CUDA_VISIBLE_DEVICES=",)
 
 
+@pytest.mark.slow
 def test_what_is_running_when_the_conductor_fails_is_ended_as_interrupted(
     ray_scheduler: RayScheduler, tmp_path: Path
 ) -> None:
@@ -252,6 +260,7 @@ def test_what_is_running_when_the_conductor_fails_is_ended_as_interrupted(
     assert notebook.outcomes() == ["interrupted"]
 
 
+@pytest.mark.slow
 def test_what_ray_cannot_read_back_at_its_end_is_nobodys_loss(
     monkeypatch: pytest.MonkeyPatch, ray_scheduler: RayScheduler, tmp_path: Path
 ) -> None:
@@ -267,6 +276,7 @@ def test_what_ray_cannot_read_back_at_its_end_is_nobodys_loss(
     assert notebook.outcomes() == ["failed", "completed"]
 
 
+@pytest.mark.slow
 def test_a_ray_that_fails_midway_is_an_error_that_can_be_resumed_from(
     monkeypatch: pytest.MonkeyPatch, ray_scheduler: RayScheduler, tmp_path: Path
 ) -> None:
@@ -278,6 +288,7 @@ def test_a_ray_that_fails_midway_is_an_error_that_can_be_resumed_from(
         ray_scheduler.run(Notebook(tmp_path, COMPLETES))
 
 
+@pytest.mark.slow
 def test_one_trial_takes_one_gpu_of_its_kind(
     monkeypatch: pytest.MonkeyPatch, ray_scheduler: RayScheduler, tmp_path: Path
 ) -> None:

@@ -23,7 +23,14 @@ from sweeps.sweep import Sweep
 from sweepsvc import proposing
 from sweepsvc.plain import PlainStudy
 from sweepsvc.protocols import Proposal, Study
-from sweepsvc.study import OptunaStudy, list_sweeps, load_record, open_study, scratch_study
+from sweepsvc.study import (
+    OptunaStudy,
+    list_sweeps,
+    load_importance,
+    load_record,
+    open_study,
+    scratch_study,
+)
 from tests.sweepsvc.samples import TASK, result_of, sweep_of
 
 Open = Callable[[Sweep], Study]
@@ -644,3 +651,53 @@ def test_an_address_without_a_driver_is_refused_and_its_password_not_shown() -> 
 def test_an_optuna_study_is_a_study() -> None:
     study: Study = scratch_study(sweep_of("sampler: grid"))
     assert isinstance(study, OptunaStudy)
+
+
+# --- importance -------------------------------------------------------------------------------------
+
+
+def told(sweep: Sweep, url: str, scores: dict[tuple[int, float], float]) -> str:
+    """The id of a sweep whose trials got the score of their r and alpha, or failed without one."""
+    study = open_study(sweep, sweep_id := next(_ids), url, FACTS)
+    for proposal in iter(study.ask, None):
+        score = scores.get((proposal.spec.lora.r, proposal.spec.lora.alpha))
+        study.tell(proposal, result_of("failed") if score is None else result_of("completed", score))
+    return sweep_id
+
+
+def test_importance_is_of_the_field_that_moves_the_objective_and_the_same_each_time(shared_url: str) -> None:
+    sweep = sweep_of("sampler: grid, space: {lora.r: [8, 16, 32], lora.alpha: [1, 2]}")
+    scores = {(r, alpha): 0.1 * alpha + 0.001 * r for r in (8, 16, 32) for alpha in (1.0, 2.0)}
+    sweep_id = told(sweep, shared_url, scores)
+    found = load_importance(sweep_id, shared_url)
+    assert list(found.shares) == ["lora.alpha", "lora.r"]
+    assert found.shares["lora.alpha"] > 0.8
+    assert (found.trials, found.why_not) == (6, "")
+    assert load_importance(sweep_id, shared_url) == found
+
+
+@pytest.mark.parametrize(
+    ("space", "scores", "why"),
+    [
+        ("lora.r: [8, 16, 32]", {}, "4 completed trials are needed at least, there are 0"),
+        ("lora.r: [8, 16, 32]", {(8, 16.0): 0.5}, "4 completed trials are needed at least, there are 1"),
+        (
+            "lora.r: [8, 16, 32, 64, 128]",
+            {(r, 16.0): 0.5 for r in (8, 16, 32, 64)},
+            "every completed trial has the same value of the objective",
+        ),
+    ],
+)
+def test_importance_that_cannot_be_said_has_a_reason(
+    shared_url: str, space: str, scores: dict[tuple[int, float], float], why: str
+) -> None:
+    sweep_id = told(sweep_of(f"sampler: grid, space: {{{space}}}"), shared_url, scores)
+    found = load_importance(sweep_id, shared_url)
+    assert (found.shares, found.why_not) == ({}, why)
+
+
+def test_a_field_with_one_value_among_the_completed_has_no_importance(shared_url: str) -> None:
+    sweep = sweep_of("sampler: grid, space: {lora.r: [8, 16, 32, 64], lora.alpha: [1, 2]}")
+    scores = {(r, 1.0): 0.01 * r for r in (8, 16, 32, 64)}
+    found = load_importance(told(sweep, shared_url, scores), shared_url)
+    assert found.shares == {"lora.r": 1.0}

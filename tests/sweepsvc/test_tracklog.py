@@ -9,7 +9,7 @@ import pytest
 from sweeps.result import Progress
 from sweepsvc.plain import PlainStudy
 from sweepsvc.protocols import Proposal, Report
-from sweepsvc.tracklog import Ended, Mark, Replay, Started, TrackLog
+from sweepsvc.tracklog import Ended, Mark, Replay, Started, TrackLog, read_reports
 from tests.sweepsvc.samples import result_of, sweep_of
 
 
@@ -111,3 +111,19 @@ def test_only_a_later_attempt_repeats_and_only_what_was_reported_is_left_out(tri
     again = report(3, train_loss=3.0, eval_loss=4.0)
     assert replay.take(again) == report(3, eval_loss=4.0)
     assert replay.take(report(4, train_loss=5.0)) == report(4, train_loss=5.0)
+
+
+def test_reading_reports_leaves_out_repeated_steps_and_a_torn_line_and_changes_nothing(
+    tmp_path: Path, trial: Proposal
+) -> None:
+    log = TrackLog(tmp_path)
+    assert read_reports(tmp_path) == []
+    first, again, last = report(1, train_loss=2.0), report(1, train_loss=2.5), report(2, train_loss=1.0)
+    for entry in (Started(trial, 1, 5), first, Started(trial, 2, 6), again, last):
+        log.append(entry)
+    file = tmp_path / "tracking" / "log.jsonl"
+    file.write_bytes(file.read_bytes() + b'{"at_ms": 9, "wh')
+    torn = file.read_bytes()
+    heard = [(one.progress.step, one.progress.train_loss) for one in read_reports(tmp_path)]
+    assert heard == [(1, 2.0), (1, None), (2, 1.0)]
+    assert file.read_bytes() == torn

@@ -126,6 +126,15 @@ def test_the_json_has_the_stable_names() -> None:
     json.dumps(given, allow_nan=False)
 
 
+def test_a_prompt_of_many_lines_is_shown_on_one() -> None:
+    prompt = "Question:\n{question}\n" + "Think. " * 20
+    shown = view.title(Proposal("3", TrialSpec(), 3, {"data.prompt": prompt, "lora.alpha": 16.0}))
+    assert shown.startswith("trial 3 (data.prompt=Question: {question} Think.")
+    assert shown.endswith("..., lora.alpha=16.0)")
+    assert len(shown) < 120
+    assert "\n" not in view.with_rule(prompt, None)
+
+
 def test_a_pipe_gets_one_line_an_event() -> None:
     console = Console(file=io.StringIO(), width=80)
     lines = view.LineView(console)

@@ -188,10 +188,126 @@ def test_the_update_is_scaled_by_alpha_over_r(base: Base) -> None:
         torch.testing.assert_close(adapted, layer(x) + 0.5 / 4 * x @ a.T @ b.T)
 
 
-def test_a_rank_above_the_width_of_a_layer_is_allowed(base: Base) -> None:
-    with attach(base, LoraSpec(r=100), 0) as adapter:
-        assert adapter.trainable_params == 100 * ALL_LAYERS
+def test_a_rank_above_the_smaller_side_of_a_layer_is_refused_before_the_base_is_touched(base: Base) -> None:
+    with attach(base, LoraSpec(r=32), 0) as adapter:  # k_proj and v_proj are 64 x 32
+        assert adapter.trainable_params == 32 * ALL_LAYERS
         assert torch.isfinite(backward(adapter))
+    with pytest.raises(BadModel) as refused:
+        attach(base, LoraSpec(r=33), 0)
+    assert str(refused.value) == (
+        "lora.r <= the smaller side of every layer in lora.targets must hold, got r=33 with 4 narrower "
+        "layers, the narrowest model.layers.0.self_attn.k_proj (64 x 32); lower lora.r to 32, or list "
+        "wider layers alone in lora.targets"
+    )
+    with attach(base, LoraSpec(r=33, targets=("q_proj", "down_proj")), 0) as adapter:
+        assert torch.isfinite(backward(adapter))
+
+
+def test_a_rank_stabilised_update_is_scaled_by_alpha_over_the_root_of_r(base: Base) -> None:
+    layer = base.model.model.layers[0].self_attn.q_proj
+    x = torch.rand(3, 64)
+    with attach(base, LoraSpec(r=4, alpha=0.5, targets="qv", rslora=True), 0) as adapter:
+        a, b = adapter.parameters()[:2]
+        with torch.no_grad():
+            b.fill_(0.25)
+        adapted = base.model.model.layers[0].self_attn.q_proj(x)
+        torch.testing.assert_close(adapted, layer(x) + 0.5 / 2 * x @ a.T @ b.T)
+
+
+# --- DoRA -------------------------------------------------------------------------------------------
+
+DORA = LoraSpec(r=4, alpha=8.0, dora=True)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "fp4"])
+def test_dora_trains_a_length_for_each_output_besides(tiny_model_dir: Path, quantization: str) -> None:
+    base = base_of(tiny_model_dir, quantization=quantization)
+    outputs = 2 * (64 + 32 + 32 + 64 + 128 + 128 + 64) + 300
+    with attach(base, DORA, 0) as adapter:
+        trainable = [parameter for parameter in adapter.model.parameters() if parameter.requires_grad]
+        count = sum(parameter.numel() for parameter in trainable)
+        assert count == adapter.trainable_params == 4 * ALL_LAYERS + outputs
+        lengths = {name: value for name, value in adapter.named_parameters().items() if "magnitude" in name}
+        assert len(lengths) == 15
+        assert not [name for name in lengths if "adapter0" in name]
+        before = weights(adapter)
+        adapter.model.train()
+        first = backward(adapter)
+        adapter.model.zero_grad()
+        after = train(adapter, steps=8)
+        assert all(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+        assert backward(adapter) < first
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("wanted", ["auto", "bfloat16"])
+def test_dora_starts_as_the_identity_in_every_dtype(
+    tiny_model_dir: Path, quantization: str, dtype: str, wanted: Any
+) -> None:
+    base = base_of(tiny_model_dir, quantization=quantization, dtype=dtype)
+    before = logits(base.model)
+    with attach(base, LoraSpec(r=4, dora=True, dtype=wanted), 0) as adapter:
+        assert torch.equal(logits(adapter.model), before)
+        kinds = {name.split(".")[-2]: value.dtype for name, value in adapter.named_parameters().items()}
+        assert kinds["lora_magnitude_vector"] == torch.float32
+        assert kinds["lora_A"] == kinds["lora_B"] == adapter.dtype
+        assert any(note.startswith("DoRA's lengths in float32") for note in adapter.notes) is (
+            adapter.dtype == torch.bfloat16
+        )
+
+
+def test_dora_is_what_its_authors_say(base: Base) -> None:
+    """m * (W + BA) / |W + BA|, row by row (Liu et al. 2024, eq. 5)."""
+    layer = base.model.model.layers[0].self_attn.q_proj
+    x = torch.rand(3, 64)
+    with attach(base, LoraSpec(r=4, alpha=8.0, targets=("q_proj",), dropout=0.0, dora=True), 0) as adapter:
+        named = {name: value for name, value in adapter.named_parameters().items() if "layers.0" in name}
+        a, b, m = named.values()
+        with torch.no_grad():
+            b.normal_(generator=torch.Generator().manual_seed(0))
+            m.mul_(1.5)
+        moved = layer.weight + 2 * b @ a
+        expected = x @ (m[:, None] * moved / moved.norm(dim=1, keepdim=True)).T
+        torch.testing.assert_close(base.model.model.layers[0].self_attn.q_proj(x), expected)
+
+
+def test_dora_leaves_no_trace_and_no_memory(base: Base) -> None:
+    adapter = attach(base, DORA, 0)
+    train(adapter)
+    held = [weakref.ref(parameter) for parameter in adapter.parameters()]
+    adapter.detach()
+    assert len(held) == 45
+    assert [reference() for reference in held] == [None] * 45
+
+
+def test_dora_beside_other_adapters_keeps_its_own(base: Base) -> None:
+    with attach(base, DORA, 3) as adapter:
+        alone = train(adapter)
+    first = attach(base, LORA, 1)
+    second = attach(base, DORA, 3)
+    assert equal(train(second), alone)
+    third = attach(base, LORA, 2)
+    third.detach()
+    assert all(parameter.requires_grad for parameter in second.parameters())
+    second.detach()
+    first.detach()
+
+
+@pytest.mark.parametrize("lora", [DORA, LoraSpec(r=4, alpha=8.0, rslora=True)], ids=["dora", "rslora"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_peft_reads_back_what_it_offers(
+    tiny_model_dir: Path, tmp_path: Path, lora: LoraSpec, quantization: str
+) -> None:
+    base = base_of(tiny_model_dir, quantization=quantization)
+    with attach(base, lora, 0) as adapter:
+        train(adapter)
+        adapter.save(tmp_path / "adapter")
+        adapter.model.eval()
+        expected = logits(adapter.model)
+    fresh = base_of(tiny_model_dir, quantization=quantization)
+    again = peft.PeftModel.from_pretrained(fresh.model, tmp_path / "adapter")
+    assert torch.equal(logits(again), expected)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from sweeps.errors import BadData, BadModel, DownloadFailed, EvaluationFailed
 from sweeps.spec import ModelSpec
-from sweeps.trial import data
+from sweeps.trial import readers
 from sweeps.trial.causes import disk_full, hub_not_reached
 from sweeps.trial.evaluate import _failing_as
 from sweeps.trial.source import unloadable
@@ -94,10 +94,10 @@ def test_a_model_a_dataset_and_a_benchmark_that_cannot_be_fetched_may_come_later
     assert isinstance(unloadable(spec, behind(answered(404))), BadModel)
     monkeypatch.setattr(datasets, "load_dataset", raising(ConnectionError("Couldn't reach it")))
     with pytest.raises(DownloadFailed, match="the hub must be reached for the dataset some/rows"):
-        data._read_hub("some/rows", "train")
+        readers.read_hub("some/rows", "train")
     monkeypatch.setattr(datasets, "load_dataset", raising(answered(404)))
     with pytest.raises(BadData):
-        data._read_hub("some/rows", "train")
+        readers.read_hub("some/rows", "train")
     with pytest.raises(DownloadFailed, match="the hub was not reached"), _failing_as("x must load", "remedy"):
         raise ConnectionError("Couldn't reach it")
     with pytest.raises(EvaluationFailed), _failing_as("x must load", "remedy"):

@@ -61,6 +61,59 @@ def test_the_shipped_architectures_have_their_published_sizes(model: str, frozen
     assert trainable_params(spec_of(model, r=3)) == 3 * per_rank
 
 
+# As the hub counts the safetensors of each, tied heads once.
+PUBLISHED = {
+    "meta-llama/Llama-2-70b-hf": 68_976_648_192,
+    "meta-llama/Llama-2-7b-chat-hf": 6_738_415_616,
+    "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.1-70B": 70_553_706_496,
+    "meta-llama/Llama-3.2-1B": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B": 3_212_749_824,
+    "mistralai/Mistral-7B-v0.3": 7_248_023_552,
+    "tiiuae/falcon-40b": 41_303_293_952,
+    "Qwen/Qwen2.5-0.5B": 494_032_768,
+    "Qwen/Qwen2.5-1.5B": 1_543_714_304,
+    "Qwen/Qwen2.5-3B": 3_085_938_688,
+    "Qwen/Qwen2.5-7B": 7_615_616_512,
+    "Qwen/Qwen2.5-14B": 14_770_033_664,
+    "Qwen/Qwen2.5-32B": 32_763_876_352,
+    "Qwen/Qwen2.5-72B": 72_706_203_648,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-1.7B": 1_720_574_976,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-14B": 14_768_307_200,
+    "Qwen/Qwen3-32B": 32_762_123_264,
+    "google/gemma-2-2b": 2_614_341_888,
+    "google/gemma-2-9b": 9_241_705_984,
+    "google/gemma-2-27b": 27_227_128_320,
+    "google/gemma-3-1b-pt": 999_885_952,
+    "microsoft/phi-2": 2_779_683_840,
+    "microsoft/Phi-3-mini-4k-instruct": 3_821_079_552,
+    "microsoft/phi-4": 14_659_507_200,
+}
+
+
+def test_the_common_models_have_their_published_sizes() -> None:
+    counted = {model: frozen_params(ModelSpec(id=model)) for model in PUBLISHED}
+    assert counted == PUBLISHED
+
+
+def test_a_chat_version_has_the_shapes_of_its_model() -> None:
+    assert trainable_params(spec_of("meta-llama/Llama-2-7b-chat-hf")) == trainable_params(spec_of())
+    folder = resources.files("sweeps") / "models"
+    same = [json.loads(file.read_text()).get("same_as") for file in folder.iterdir()]
+    of = [name for name in same if name]
+    assert len(of) >= 20
+    assert all((folder / f"{name.replace('/', '__')}.json").is_file() for name in of)
+
+
+def test_the_packaged_model_is_known_without_its_package() -> None:
+    packaged, hub = next(iter(estimate._PACKAGED.items()))
+    assert frozen_params(ModelSpec(id=packaged)) == frozen_params(ModelSpec(id=hub))
+
+
 def test_falcon_counts_its_fused_attention() -> None:
     attention = 8192 + (128 + 2 * 8) * 64
     assert trainable_params(spec_of("tiiuae/falcon-40b", r=1, targets="qv")) == 60 * attention
@@ -69,9 +122,10 @@ def test_falcon_counts_its_fused_attention() -> None:
 
 
 def test_every_shipped_architecture_is_known_by_its_hub_id() -> None:
-    files = [file.name for file in (resources.files("sweeps") / "models").iterdir()]
-    names = [name.removesuffix(".json").replace("__", "/") for name in files if name.endswith(".json")]
-    assert len(names) == len(files) >= 6
+    files = list((resources.files("sweeps") / "models").iterdir())
+    own = [file.name for file in files if "same_as" not in json.loads(file.read_text())]
+    names = [name.removesuffix(".json").replace("__", "/") for name in own if name.endswith(".json")]
+    assert len(names) == len(own) >= 30
     for name in names:
         assert frozen_params(ModelSpec(id=name)) > 1e8
 
@@ -82,6 +136,19 @@ def test_the_plan_is_what_the_adapter_then_has(tiny_model_dir: Path, targets: An
     spec = spec_of(tiny_model_dir, r=5, targets=targets)
     base = load_base(ModelSpec.model_validate({"id": str(tiny_model_dir), "quantization": quantization}))
     with attach(base, spec.lora, 0) as adapter:
+        assert sum(parameter.numel() for parameter in adapter.parameters()) == trainable_params(spec)
+
+
+def test_dora_counts_a_length_for_each_output() -> None:
+    per_block = 4 * 4096 + 2 * 11008 + 4096
+    assert trainable_params(spec_of(r=8, dora=True)) == 20_277_248 + 32 * per_block + 32000
+    assert trainable_params(spec_of(r=8, rslora=True)) == 20_277_248
+
+
+@pytest.mark.parametrize("targets", ["all", "qv"])
+def test_the_plan_of_dora_is_what_the_adapter_then_has(tiny_model_dir: Path, targets: Any) -> None:
+    spec = spec_of(tiny_model_dir, r=5, targets=targets, dora=True)
+    with attach(load_base(ModelSpec(id=str(tiny_model_dir))), spec.lora, 0) as adapter:
         assert sum(parameter.numel() for parameter in adapter.parameters()) == trainable_params(spec)
 
 

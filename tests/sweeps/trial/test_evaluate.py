@@ -128,13 +128,17 @@ FIXED_AT_ZERO_SHOT = {"truthfulqa_mc1", "truthfulqa_mc2", "blimp_causative"}
 def by_hand(model: Any, tokenizer: Any, spec: EvaluateSpec, cache: Path) -> dict[str, Any]:
     """What lm-eval says itself of the same documents: `simple_evaluate` with `HFLM`, all tasks in one go."""
     data, tasks = Path(str(spec.data_dir)), Path(str(spec.task_dir))
+    is_old = spec.harness == "2023"
+    settings = {"add_bos_token": False, "prefix_token_id": tokenizer.eos_token_id} if is_old else {}
 
     def local(name: str) -> dict[str, Any]:
         files = {SPLITS[name]: str(data / f"{name}.jsonl")}
         if name == "mmlu_global_facts":
             files["dev"] = str(data / f"{name}_dev.jsonl")
         kwargs = {"data_files": files, "cache_dir": str(cache)}
-        return {"task": name, "dataset_path": "json", "dataset_name": None, "dataset_kwargs": kwargs}
+        delimiter = {"target_delimiter": ""} if name == "blimp_causative" and is_old else {}
+        rows = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": kwargs}
+        return {"task": name, **rows, **delimiter}
 
     files = {"test": str(tasks / "rows" / "pair.jsonl")}
     pair = {"task": "pair", "dataset_kwargs": {"data_files": files, "cache_dir": str(cache)}}
@@ -142,7 +146,7 @@ def by_hand(model: Any, tokenizer: Any, spec: EvaluateSpec, cache: Path) -> dict
     folders = ("truthfulqa", "arithmetic", "blimp", "mmlu/default")
     members = [pair if name == "pair" else local(name) for name in spec.tasks]
     results = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4),
+        model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, **settings),
         tasks=[{"group": "by_hand", "task": members}],
         num_fewshot=spec.num_fewshot,
         task_manager=TaskManager(
@@ -157,13 +161,20 @@ SHORT = ("arithmetic_2ds", "blimp_causative", "mmlu_global_facts", "pair")  # Tr
 
 
 @pytest.mark.parametrize(
-    ("model", "tasks"),
-    [("plain", SHORT), ("lora", SHORT), ("a peft model", SHORT), ("nf4 and lora", (*ARTICLE_TASKS, "pair"))],
+    ("model", "tasks", "harness"),
+    [
+        ("plain", SHORT, "current"),
+        ("lora", SHORT, "current"),
+        ("a peft model", SHORT, "current"),
+        ("nf4 and lora", (*ARTICLE_TASKS, "pair"), "current"),
+        ("nf4 and lora", SHORT, "2023"),
+    ],
     indirect=["model"],
 )
 def test_scores_and_loglikelihoods_equal_lm_evals_own(
     model: Any,
     tasks: tuple[str, ...],
+    harness: Any,
     tokenizer: Any,
     data_dir: Path,
     task_dir: Path,
@@ -172,7 +183,12 @@ def test_scores_and_loglikelihoods_equal_lm_evals_own(
 ) -> None:
     monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)  # a second of its time, no score
     spec = EvaluateSpec(
-        tasks=tasks, data_dir=str(data_dir), task_dir=str(task_dir), num_fewshot=2, batch_size=3
+        tasks=tasks,
+        data_dir=str(data_dir),
+        task_dir=str(task_dir),
+        num_fewshot=2,
+        batch_size=3,
+        harness=harness,
     )
     ours = evaluate(model, tokenizer, spec)
     theirs = by_hand(model, copy.deepcopy(tokenizer), spec, tmp_path)
@@ -192,6 +208,56 @@ def test_scores_and_loglikelihoods_equal_lm_evals_own(
     normed = ours.report["tasks"]["pair"]["metrics"]["acc_norm,none"]
     assert normed["value"] == theirs["results"]["pair"]["acc_norm,none"]
     assert normed["stderr"] == pytest.approx(theirs["results"]["pair"]["acc_norm_stderr,none"])
+
+
+# --- the harness of 2023 ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("harness", "before"), [("current", " "), ("2023", "")])
+def test_a_blimp_sentence_follows_nothing_in_the_harness_of_2023(
+    recorder: RecordingLM, plain: Any, data_dir: Path, harness: Any, before: str
+) -> None:
+    spec = EvaluateSpec(tasks=("blimp_causative",), data_dir=str(data_dir), limit=1, harness=harness)
+    found = evaluate(plain, None, spec)
+    assert recorder.asked == [("", f"{before}Ann broke the cup."), ("", f"{before}Ann fell the cup.")]
+    assert found.report["harness"] == harness
+
+
+def test_all_other_requests_are_the_same_in_both_harnesses(
+    recorder: RecordingLM, plain: Any, data_dir: Path, task_dir: Path
+) -> None:
+    tasks = tuple(name for name in (*ARTICLE_TASKS, "pair") if name != "blimp_causative")
+    asked = []
+    for harness in ("current", "2023"):
+        spec = {"tasks": tasks, "data_dir": str(data_dir), "task_dir": str(task_dir), "harness": harness}
+        evaluate(plain, None, EvaluateSpec.model_validate(spec))
+        asked.append(recorder.asked.copy())
+        recorder.asked.clear()
+    assert len(asked[0]) > 20
+    assert asked[0] == asked[1]
+
+
+@pytest.mark.parametrize(("harness", "first"), [("current", "<s>"), ("2023", "</s>")])
+def test_only_what_has_no_context_gets_a_first_token_in_the_harness_of_2023(
+    plain: Any, tokenizer: Any, data_dir: Path, harness: Any, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def starts(task: str) -> set[str]:
+        seen: list[int] = []
+
+        def forward(live: Any, ids: torch.Tensor) -> Any:
+            seen.extend(ids[:, 0].tolist())
+            assert tokenizer.bos_token_id not in ids[:, 1:]
+            return live._model(input_ids=ids)
+
+        monkeypatch.setattr(evaluation._LiveModel, "__call__", forward)
+        spec = EvaluateSpec(tasks=(task,), data_dir=str(data_dir), batch_size=1, harness=harness)
+        evaluate(plain, tokenizer, spec)
+        return {tokenizer.convert_ids_to_tokens(token) for token in seen}
+
+    assert starts("blimp_causative") == {first}
+    (begun,) = starts("arithmetic_2ds")
+    assert (begun == "<s>") is (harness == "current")
+    assert begun != "</s>"
 
 
 def test_an_adapter_moves_the_scores(tiny_model_dir: Path, tokenizer: Any, data_dir: Path) -> None:

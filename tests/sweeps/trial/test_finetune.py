@@ -2,7 +2,7 @@
 
 import math
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -73,9 +73,14 @@ def train(
     return trained, list(loop.finetune(model, training, data, spec, Unkept()))
 
 
-def gradients(model: torch.nn.Module, budget: int) -> torch.Tensor:
+def gradients(
+    model: torch.nn.Module,
+    budget: int,
+    weighting: loop.Weighting = "sample",
+    rows: Sequence[TokenRow] = ROWS[:9],
+) -> torch.Tensor:
     trained = loop.Trained(token_budget=budget)
-    loop._accumulate(model, trainable(model), ROWS[:9], TrialRng(1, CPU), trained)
+    loop._accumulate(model, trainable(model), rows, weighting, TrialRng(1, CPU), trained)
     flat = torch.cat([parameter.grad.flatten() for parameter in trainable(model)])  # type: ignore[union-attr]
     model.zero_grad()
     return flat
@@ -95,6 +100,47 @@ def test_law_l1_any_token_budget_gives_the_gradients_of_one_row_at_a_time(
     expected = torch.cat([parameter.grad.flatten() for parameter in trainable(model)])  # type: ignore[union-attr]
     model.zero_grad()
     assert (gradients(model, budget) - expected).norm() <= 1e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("budget", [10, 33, 64, 100, 10_000])
+def test_law_l1_holds_too_where_every_predicted_token_weighs_the_same(
+    model: torch.nn.Module, budget: int
+) -> None:
+    rows = [TokenRow(row.ids, given=1 + number % 3) for number, row in enumerate(ROWS[:9])]
+    plain = torch.zeros(())
+    for row in rows:
+        ids = torch.tensor([list(row.ids)])
+        answers = torch.nn.functional.log_softmax(model(input_ids=ids).logits[0], -1)
+        for place in range(row.given, len(row)):
+            plain = plain - answers[place - 1, row.ids[place]]
+    (plain / sum(len(row) - row.given for row in rows)).backward()
+    expected = torch.cat([parameter.grad.flatten() for parameter in trainable(model)])  # type: ignore[union-attr]
+    model.zero_grad()
+    assert (gradients(model, budget, "token", rows) - expected).norm() <= 1e-5 * expected.norm()
+    assert (gradients(model, budget, "sample", rows) - expected).norm() > 1e-2 * expected.norm()
+
+
+def test_the_weighting_of_the_spec_is_the_one_that_trains(model: torch.nn.Module) -> None:
+    """The first step's loss is that of the untouched model, and its rows are the same."""
+    losses = {}
+    for weighting in ("sample", "token"):
+        _, reports = train(model, spec_of(train__loss_weighting=weighting, train__log_every=1))
+        losses[weighting] = reports[0].train_loss
+        for parameter, kept in zip(model.parameters(), _fresh(model).parameters(), strict=True):
+            parameter.data.copy_(kept)
+    rows = [DATA.train[pick] for pick in picks(spec_of())[:4]]
+    with torch.no_grad():
+        means = [loop.row_losses(model, next(micro_batches([row], 1000))).item() for row in rows]
+    assert losses["sample"] == pytest.approx(sum(means) / 4, rel=1e-5)
+    tokens = sum(row.predicted for row in rows)
+    by_token = sum(mean * row.predicted for mean, row in zip(means, rows, strict=True)) / tokens
+    assert losses["token"] == pytest.approx(by_token, rel=1e-5)
+    assert losses["token"] != pytest.approx(losses["sample"], rel=1e-4)
+
+
+def _fresh(model: Any) -> torch.nn.Module:
+    fresh: torch.nn.Module = AutoModelForCausalLM.from_pretrained(model.config._name_or_path)
+    return fresh
 
 
 def test_every_row_weighs_the_same_however_long_it_is(model: torch.nn.Module) -> None:
@@ -142,11 +188,34 @@ def test_the_held_out_loss_is_without_dropout_and_leaves_training_mode_on(model:
 
 
 def test_the_rate_warms_up_from_zero_then_follows_half_a_cosine() -> None:
-    spec = spec_of(schedule__warmup_steps=4, optimizer__lr=1.0)
+    spec = spec_of(schedule__warmup_steps=4, schedule__t_max="after_warmup", optimizer__lr=1.0)
     rates = [loop.learning_rate(step, spec) for step in range(10)]
     assert rates[:5] == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert rates[7] == pytest.approx(0.5)
     assert rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 5 / 6)))
+
+
+def test_the_articles_cosine_ends_above_zero() -> None:
+    """390 steps, 100 of warmup, a peak of 3e-4: the last update has a rate of 4.78e-5."""
+    rates = [loop.learning_rate(step, TrialSpec()) for step in range(390)]
+    assert rates[-1] == pytest.approx(4.78e-5, abs=0.005e-5)
+    assert rates[50] == pytest.approx(1.5e-4)
+    assert rates[100] == rates[101] == max(rates) == 3e-4
+    assert rates == sorted(rates[:101]) + sorted(rates[101:], reverse=True)
+
+
+def test_a_cosine_after_the_warmup_ends_next_to_zero() -> None:
+    spec = TrialSpec.model_validate({"schedule": {"t_max": "after_warmup"}})
+    assert loop.learning_rate(389, spec) == pytest.approx(3e-4 * math.sin(math.pi / 2 / 290) ** 2)
+
+
+def test_a_linear_rate_falls_by_the_same_amount_each_step() -> None:
+    def rates(t_max: str) -> list[float]:
+        schedule = {"schedule__name": "linear", "schedule__t_max": t_max, "schedule__warmup_steps": 2}
+        return [loop.learning_rate(step, spec_of(**schedule, optimizer__lr=1.0)) for step in range(10)]
+
+    assert rates("after_warmup") == pytest.approx([0, 0.5, *(1 - step / 8 for step in range(8))])
+    assert rates("all_steps") == pytest.approx([0, 0.5, 1, *(1 - step / 10 for step in range(7))])
 
 
 def test_a_constant_rate_stays_at_its_peak_after_the_warmup() -> None:
@@ -222,7 +291,7 @@ def test_memory_that_runs_out_halves_the_budget_and_redoes_the_step(
     expected = gradients(model, 33)  # the longest row: a budget below it would not cut more
     monkeypatch.setattr(loop, "row_losses", out_of_memory_above(40))
     trained = loop.Trained(token_budget=128)
-    loop._accumulate(model, trainable(model), ROWS[:9], TrialRng(1, CPU), trained)
+    loop._accumulate(model, trainable(model), ROWS[:9], "sample", TrialRng(1, CPU), trained)
     assert trained.token_budget == 33
     flat = torch.cat([parameter.grad.flatten() for parameter in trainable(model)])  # type: ignore[union-attr]
     assert torch.equal(flat, expected)
@@ -240,7 +309,7 @@ def test_one_row_that_does_not_fit_ends_the_trial_as_out_of_memory(
 
 def test_a_golden_loss(model: torch.nn.Module) -> None:
     """The loop's mathematics, down to the seed: a change of this number is a change of every result."""
-    trained, _ = train(model, spec_of(optimizer__lr=0.1))
+    trained, _ = train(model, spec_of(optimizer__lr=0.1, schedule__t_max="after_warmup"))
     assert trained.train_loss == pytest.approx(GOLDEN_LOSS, rel=1e-4)
 
 

@@ -18,6 +18,7 @@ from sweeps.errors import EvaluationFailed, Interrupted, TrialError
 from sweeps.result import Progress, TrialResult
 from sweeps.spec import TrialSpec
 from sweeps.trial import adapter as adapters
+from sweeps.trial import budget as budgets
 from sweeps.trial import checkpoint as checkpoints
 from sweeps.trial import evaluate as evaluation
 from sweeps.trial import finetune as loop
@@ -222,6 +223,8 @@ def test_law_l2_closed_at_every_report_equals_uncut(
         {"model__quantization": "nf4"},
         {"train__gradient_checkpointing": True, "train__clip_norm": 0.5, "train__sampling": "epochs"},
         {"lora__dtype": "bfloat16", "optimizer__name": "sgd", "optimizer__momentum": 0.0},
+        {"model__quantization": "nf4", "lora__dora": True, "lora__r": 64, "lora__targets": ["down_proj"]}
+        | {"optimizer__name": "adamw_8bit", "train__loss_weighting": "token", "schedule__name": "linear"},
     ],
     ids=str,
 )
@@ -267,6 +270,27 @@ def test_a_resumed_trial_has_the_token_budget_that_it_began_with(
     assert [note for note in result.notes if "token budget" in note] == [
         "token budget 240: set by train.token_budget"
     ]
+
+
+def test_a_resumed_trial_recomputes_activations_if_it_did_before(
+    spec: TrialSpec, resident: Resident, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever memory is free by now."""
+    spec, turned_on = changed(spec, train__gradient_checkpointing="auto"), []
+    enable = adapters.Adapter.enable_gradient_checkpointing
+    monkeypatch.setattr(
+        adapters.Adapter,
+        "enable_gradient_checkpointing",
+        lambda adapter: (turned_on.append(1), enable(adapter)),
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(budgets, "_free_bytes", lambda _: 10**6)
+        attempt(spec, resident, tmp_path, stopped_after(2))
+    result, _ = attempt(spec, resident, tmp_path)
+    assert turned_on == [1, 1]
+    said = [note for note in result.notes if note.startswith("gradient checkpointing")]
+    assert len(said) == 1
+    assert said[0].startswith("gradient checkpointing on: without it 59 tokens fit, ")
 
 
 def test_seconds_and_tokens_add_up_and_peaks_are_the_highest(
@@ -427,9 +451,9 @@ def test_where_every_checkpoint_is_refused_the_trial_begins_anew_and_says_so(
 @pytest.mark.parametrize(
     ("digest", "device", "format_number", "why"),
     [
-        ("0" * 16, "cpu", 1, "its spec must be 0000000000000000, got "),
-        (None, "cuda", 1, "its device must be cuda, got cpu"),
-        (None, "cpu", 2, "its format must be 2, got 1"),
+        ("0" * 16, "cpu", checkpoints.FORMAT, "its spec must be 0000000000000000, got "),
+        (None, "cuda", checkpoints.FORMAT, "its device must be cuda, got cpu"),
+        (None, "cpu", 99, f"its format must be 99, got {checkpoints.FORMAT}"),
     ],
 )
 def test_a_checkpoint_of_another_trial_device_or_format_is_refused(
@@ -526,7 +550,9 @@ def test_a_loss_that_stays_high_is_counted_across_the_cut(
 # --- after the training -----------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("weights", ["trained", "merged"])
 def test_an_evaluation_that_failed_is_all_that_is_done_again(
+    weights: str,
     spec: TrialSpec,
     resident: Resident,
     uncut: Callable[[TrialSpec], Path],
@@ -537,6 +563,7 @@ def test_an_evaluation_that_failed_is_all_that_is_done_again(
     def broken(*_: Any) -> None:
         raise EvaluationFailed("the benchmark rivers must give a score: ZeroDivisionError")
 
+    spec = changed(spec, evaluate__weights=weights)
     expected = uncut(spec)
     counted.steps = 0
     with monkeypatch.context() as patch:

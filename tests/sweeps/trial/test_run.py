@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from sweeps.errors import EvaluationFailed
 from sweeps.result import Progress, TrialResult
 from sweeps.spec import TrialSpec
 from sweeps.trial import run as trial
-from sweeps.trial.base import Resident
+from sweeps.trial.base import Resident, load_base
+from sweeps.trial.evaluate import evaluate
+from sweeps.trial.merge import merge
 from sweeps.trial.paths import TrialFolder
 from tests.tiny import changed, save_task, tiny_spec
 
@@ -55,6 +58,29 @@ def test_a_trial_leaves_its_spec_its_result_its_scores_and_its_adapter(
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".bin", ".pt", ".pkl")]
     phases = list(dict.fromkeys(report.phase for report in reports))
     assert phases == ["loading", "training", "saving", "evaluating"]
+
+
+def test_a_trial_on_a_prompt_of_ones_own_says_what_it_read_and_skipped(
+    spec: TrialSpec, tmp_path: Path
+) -> None:
+    rows = [{"q": f"Where is {number}?", "a": "Here."} for number in range(12)]
+    (tmp_path / "rows.json").write_text(json.dumps([*rows, {"q": "Where?", "a": ""}]))
+    data = {
+        "path": str(tmp_path / "rows.json"),
+        "held_out": 0.25,
+        "prompt": "Q: {question}\nA: ",
+        "columns": {"question": "q", "output": "a"},
+        "on_bad_row": "skip",
+    }
+    sections = spec.model_dump(mode="json")
+    own = TrialSpec.model_validate({**sections, "data": data, "evaluate": {"tasks": []}})
+    result, _ = ran(own, tmp_path / "trial")
+    assert result.outcome == "completed", result.failure
+    [note] = [note for note in result.notes if note.startswith("data: ")]
+    assert note == (
+        "data: 9 rows to train on, 3 held out (split seed 42), 0 cut at max_length, 1 bad row skipped: "
+        f"row 13 (a must not be empty) (digest {result.data_digest})"
+    )
 
 
 def test_a_result_has_every_number_under_its_stable_name(spec: TrialSpec, tmp_path: Path) -> None:
@@ -199,3 +225,106 @@ def test_an_old_result_does_not_outlive_the_start_of_a_new_attempt(spec: TrialSp
     running = trial.run_trial(spec, Resident(), tmp_path)
     next(running)
     assert TrialFolder(tmp_path).read_result() is None
+
+
+# --- the adapter merged into the unquantised base ----------------------------------------------------
+
+
+def loglikelihoods(folder: Path) -> Any:
+    return json.loads((folder / "evaluation.json").read_text())["tasks"]["rivers"]["per_document"]
+
+
+def merging(spec: TrialSpec, **fields: Any) -> TrialSpec:
+    return changed(spec, model__quantization="nf4", evaluate__weights="merged", **fields)
+
+
+def test_a_merged_trial_is_scored_in_the_unquantised_base_and_on_no_other_weights(
+    spec: TrialSpec, tmp_path: Path
+) -> None:
+    result, reports = ran(merging(spec), tmp_path)
+    assert result.outcome == "completed", result.failure
+    base = load_base(spec.model)
+    assert base.spec.quantization == "none"
+    merge(base.model, tmp_path / "adapter")
+    expected = evaluate(base.model, base.tokenizer, spec.evaluate)
+    assert result.scores == expected.scores
+    assert loglikelihoods(tmp_path) == expected.report["tasks"]["rivers"]["per_document"]
+    beside, _ = ran(changed(merging(spec), evaluate__weights="trained"), tmp_path / "beside")
+    assert loglikelihoods(tmp_path) != loglikelihoods(tmp_path / "beside")
+    assert (result.train_loss, result.eval_loss) == (beside.train_loss, beside.eval_loss)
+    assert [report.phase for report in reports[-3:]] == ["saving", "loading", "evaluating"]
+    assert any("the adapter merged into it, set by evaluate.weights" in note for note in result.notes)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_law_l3_a_merged_trial_leaves_the_resident_base_as_it_was_and_frees_its_copy(
+    quantization: str, spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = []
+
+    def watched(model: Any, folder: Path) -> None:
+        copies.append(weakref.ref(model))
+        merge(model, folder)
+
+    monkeypatch.setattr(trial, "merge", watched)
+    plain, used = changed(spec, model__quantization=quantization), Resident()
+    merged = changed(plain, evaluate__weights="merged")
+    fresh, _ = ran(plain, tmp_path / "fresh")
+    first, _ = ran(merged, tmp_path / "first", used)
+    resident = used.get(plain.model)
+    again, _ = ran(plain, tmp_path / "again", used)
+    second, _ = ran(merged, tmp_path / "second", used)
+    assert used.get(plain.model) is resident
+    assert [copy() for copy in copies] == [None, None]
+    assert again.scores == fresh.scores
+    assert second.scores == first.scores
+    assert (again.train_loss, again.eval_loss) == (fresh.train_loss, fresh.eval_loss)
+    assert loglikelihoods(tmp_path / "again") == loglikelihoods(tmp_path / "fresh")
+    assert loglikelihoods(tmp_path / "second") == loglikelihoods(tmp_path / "first")
+
+
+def test_the_baseline_of_merged_trials_is_the_unquantised_base(spec: TrialSpec, tmp_path: Path) -> None:
+    baseline = merging(spec, model__double_quantization=True).untrained()
+    assert baseline == spec.untrained()
+    assert baseline.model.quantization == "none"
+    plain, _ = ran(spec.untrained(), tmp_path / "plain")
+    # as a trial of its own, `train: none`
+    untrained = merging(spec).model_copy(update={"train": None})
+    scored, _ = ran(untrained, tmp_path / "scored")
+    assert scored.scores == plain.scores
+    assert loglikelihoods(tmp_path / "scored") == loglikelihoods(tmp_path / "plain")
+
+
+def test_memory_that_runs_out_in_merging_is_out_of_memory_with_a_remedy_and_the_adapter_is_kept(
+    spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(trial, "merge", full)
+    result, _ = ran(merging(spec), tmp_path)
+    assert result.failure is not None
+    assert result.failure.kind == "out_of_memory"
+    assert "got 'CUDA out of memory. Tried to allocate 2.00 GiB.'" in result.failure.message
+    assert result.failure.message.endswith("take a larger GPU, or say trained")
+    assert (tmp_path / "adapter/adapter_model.safetensors").exists()
+
+
+def test_the_peak_of_a_merged_trial_is_that_of_its_training(
+    spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ballast = []
+
+    def heavy(*arguments: Any) -> Any:
+        ballast.append(torch.ones(600_000_000, dtype=torch.uint8))
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(trial, "evaluate", heavy)
+    result, _ = ran(merging(spec), tmp_path / "merged")
+    ballast.clear()
+    whole, _ = ran(changed(spec, model__quantization="nf4"), tmp_path / "trained")
+    assert result.measured.peak_memory_gb is not None
+    assert whole.measured.peak_memory_gb is not None
+    assert result.measured.peak_memory_gb < whole.measured.peak_memory_gb - 0.4
+    (told,) = [note for note in result.notes if note.startswith("scoring the merged copy took")]
+    assert float(told.split(" GB")[0].split()[-1]) > result.measured.peak_memory_gb + 0.4

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, FalconConfig, GPT2Config, LlamaCo
 
 from sweeps.errors import BadModel
 from sweeps.spec import LoraSpec
-from sweeps.trial.targets import Shape, announce, linear_layers, lora_params, match
+from sweeps.trial.targets import Shape, announce, largest_rank, linear_layers, lora_params, match, refuse_rank
 
 LLAMA = LlamaConfig(
     vocab_size=300, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
@@ -71,6 +71,14 @@ def test_every_name_that_matches_nothing_is_told_with_its_nearest() -> None:
 
 def test_the_count_is_rank_times_both_sides() -> None:
     assert lora_params({"a": Shape(3, 5), "b": Shape(7, 11)}, r=2) == 2 * (3 + 5 + 7 + 11)
+
+
+def test_the_largest_rank_is_the_smallest_side_and_one_more_is_refused() -> None:
+    layers = {"a": Shape(9, 5), "b": Shape(7, 6)}
+    assert largest_rank(layers) == 5
+    refuse_rank(layers, 5)
+    with pytest.raises(BadModel, match=r"got r=6 with 1 narrower layers, the narrowest a \(9 x 5\); lower"):
+        refuse_rank(layers, 6)
 
 
 def test_what_was_adapted_is_announced_with_the_reason() -> None:

@@ -1,0 +1,166 @@
+"""What a trial will need and take, told before it is paid for: `predict(spec, device)`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sweeps.devices import Device
+from sweeps.spec import TrialSpec
+from sweeps.trial.budget import budget_in, bytes_per_token, tokens_that_fit
+from sweeps.trial.duration import scoring_seconds, training_seconds
+from sweeps.trial.estimate import outline, trainable_params
+from sweeps.trial.lengths import RowLengths, row_lengths, scoring
+from sweeps.trial.memory import Memory, Widths, base_bytes, scoring_memory, training_memory, widths
+from sweeps.trial.outline import Outline
+
+# A benchmark whose rows nobody counted is taken to have rows like the longest of the article's.
+_UNKNOWN_LONGEST = 256
+_PLENTY = 1e15
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of one trial. What cannot be told is None; `notes` say what was assumed.
+
+    `memory` is its peak at `token_budget`; `least_gb` is the peak with one row at a time, down to which a
+    trial goes before it gives up, so that it `fits` where that does. A copy of the base that the trial is
+    scored in counts for that, and not for its peak, as in a trial's own result.
+    """
+
+    trainable_params: int
+    memory: Memory
+    least_gb: float
+    token_budget: int | None
+    fits: bool | None
+    train_seconds: float | None
+    eval_seconds: float | None
+    notes: tuple[str, ...]
+
+    @property
+    def peak_memory_gb(self) -> float:
+        """Decimal GB, as `max_memory_allocated` would say."""
+        return self.memory.total / 1e9
+
+    @property
+    def seconds(self) -> float | None:
+        """Training and evaluation, as far as they are known; None if neither is."""
+        known = [part for part in (self.train_seconds, self.eval_seconds) if part is not None]
+        return sum(known) if known else None
+
+
+def predict(spec: TrialSpec, device: Device | None, on_cpu: bool = False) -> Prediction:
+    """Memory on whatever it is, and whether it fits and how long it takes on `device`.
+
+    Raises `BadModel` if the architecture cannot be known here, `BadData` for a data file that cannot be read.
+    """
+    shapes = outline(spec.model)
+    width = widths(spec, on_cpu)
+    trainable = trainable_params(spec)
+    spec = _with_checkpointing(shapes, spec, width, trainable, device)
+    asked, unknown = scoring(spec.evaluate)
+    longest_scored = max(asked.longest, _UNKNOWN_LONGEST if unknown else 0)
+    peak = scoring_memory(shapes, spec, width, spec.evaluate.batch_size * longest_scored)
+    notes = ["on a CPU the process's own memory comes on top"] if on_cpu else []
+    notes += [f"no time of evaluation: nobody counted the rows of {', '.join(unknown)}"] if unknown else []
+    timed = device if width.model == 2 else None
+    if device is not None and timed is None:
+        notes.append("no times for float32: the table of devices knows their speed in bfloat16")
+    least, budget, train_seconds = peak, None, None
+    if spec.train is not None:
+        rows = row_lengths(spec.data)
+        budget = _budget(shapes, spec, width, trainable, device, rows, on_cpu)
+        peak = _higher(peak, _peak(shapes, spec, width, budget, rows))
+        least = _higher(least, _peak(shapes, spec, width, rows.longest, rows))
+        notes += [rows.source] if rows.source else []
+        if timed is not None:
+            train_seconds = training_seconds(shapes, spec, trainable, timed, budget, rows)
+        elif device is None and not on_cpu and spec.train.token_budget == "auto":
+            notes.append(
+                "memory is told for micro-batches of one row: the token budget depends on the device"
+            )
+    least_bytes = least.total
+    if spec.train is not None and spec.evaluate.weights == "merged":
+        copy = scoring_memory(
+            shapes, spec.untrained(), width, spec.evaluate.batch_size * longest_scored
+        ).total
+        least_bytes = max(least_bytes, base_bytes(shapes, spec, width) + copy)
+        notes.append(f"scored in an unquantised copy, which takes {copy / 1e9:.1f} GB beside the base")
+    is_timed = timed is not None and not unknown
+    return Prediction(
+        trainable_params=trainable,
+        memory=peak,
+        least_gb=least_bytes / 1e9,
+        token_budget=budget,
+        fits=least_bytes <= device.usable_bytes if device is not None else None,
+        train_seconds=train_seconds,
+        eval_seconds=scoring_seconds(shapes, spec, trainable, timed, asked) if timed and is_timed else None,
+        notes=tuple(notes),
+    )
+
+
+def _higher(one: Memory, other: Memory) -> Memory:
+    return max(one, other, key=lambda memory: memory.total)
+
+
+def _peak(shapes: Outline, spec: TrialSpec, width: Widths, budget: int, rows: RowLengths) -> Memory:
+    """With micro-batches of up to `budget` tokens: of the longest rows, but no more rows than a step has."""
+    assert spec.train is not None
+    tokens = max(rows.longest, min(budget, spec.train.batch_size * rows.longest))
+    return training_memory(shapes, spec, width, tokens, rows.longest)
+
+
+def _budget(
+    shapes: Outline,
+    spec: TrialSpec,
+    width: Widths,
+    trainable: int,
+    device: Device | None,
+    rows: RowLengths,
+    on_cpu: bool,
+) -> int:
+    """The token budget that the trial would end with on the device; one row at a time if none is named.
+
+    It starts as the trial's own, and is halved while a step would run out of memory, as the loop does.
+    """
+    assert spec.train is not None
+    if spec.train.token_budget != "auto":
+        budget = spec.train.token_budget
+    elif device is None and not on_cpu:
+        return rows.longest
+    else:
+        cost = bytes_per_token(shapes.config, _dtype(width), bool(spec.train.gradient_checkpointing))
+        budget = budget_in(_free_bytes(shapes, spec, width, trainable, device), cost, on_cpu=on_cpu)
+    while device is not None and budget > rows.longest:
+        if _peak(shapes, spec, width, budget, rows).total <= device.usable_bytes:
+            break
+        budget = max(rows.longest, budget // 2)
+    return budget
+
+
+def _with_checkpointing(
+    shapes: Outline, spec: TrialSpec, width: Widths, trainable: int, device: Device | None
+) -> TrialSpec:
+    """The spec with `gradient_checkpointing: auto` decided as the trial does on the device, off without."""
+    train = spec.train
+    if train is None or train.gradient_checkpointing != "auto":
+        return spec
+    longest = row_lengths(spec.data).longest
+    needed = max(longest, train.token_budget) if train.token_budget != "auto" else longest
+    cost = bytes_per_token(shapes.config, _dtype(width), checkpointing=False)
+    recomputes = tokens_that_fit(cost, _free_bytes(shapes, spec, width, trainable, device)) < needed
+    decided = train.model_copy(update={"gradient_checkpointing": recomputes})
+    return spec.model_copy(update={"train": decided})
+
+
+def _free_bytes(
+    shapes: Outline, spec: TrialSpec, width: Widths, trainable: int, device: Device | None
+) -> float:
+    """Beside the base and the adapter; where no device is named, memory is taken to be enough."""
+    usable = device.usable_bytes if device is not None else _PLENTY
+    return usable - base_bytes(shapes, spec, width) - trainable * width.adapter
+
+
+def _dtype(width: Widths) -> torch.dtype:
+    return torch.float32 if width.model == 4 else torch.bfloat16
