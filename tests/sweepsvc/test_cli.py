@@ -108,6 +108,7 @@ def test_an_unknown_command_or_option_is_bad_input(monkeypatch: pytest.MonkeyPat
     assert run(monkeypatch, "status", "--jason") == 2
 
 
+@pytest.mark.slow
 def test_more_gpus_than_there_are_is_refused_before_anything_starts(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -252,6 +253,7 @@ def test_a_sweep_whose_driver_is_gone_is_shown_as_interrupted(
     assert (seen["state"], seen["trials"][0]["state"]) == ("interrupted", "interrupted")
 
 
+@pytest.mark.slow
 def test_a_tracker_that_cannot_be_used_leaves_no_sweep_behind(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

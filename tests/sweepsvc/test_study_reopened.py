@@ -110,6 +110,7 @@ def rows(url: str, sweep_id: str) -> list[Any]:
     return study.get_trials(deepcopy=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sweep", [LEARNS, LISTED], ids=["tpe", "grid"])
 def test_a_driver_killed_before_any_of_its_writes_changes_nothing_in_the_end(
     url: str, killed_at: Callable[[int], list[str]], sweep: Sweep

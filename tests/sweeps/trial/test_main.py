@@ -25,6 +25,8 @@ from tests.tiny import save_task, tiny_spec
 
 STEPS = 40
 
+pytestmark = pytest.mark.slow  # real processes
+
 
 @pytest.fixture(scope="module")
 def spec(tiny_model_dir: Path, alpaca_rows_file: Path, tmp_path_factory: pytest.TempPathFactory) -> TrialSpec:
