@@ -144,12 +144,13 @@ def status(
     home: HomeOption = None,
 ) -> None:
     """Show a sweep's trials and how they went."""
+    from sweepsvc.owner import as_it_stands
     from sweepsvc.study import load_record
     from sweepsvc.view import results, status_json, terminal
 
     place = _home(home)
     place.check()
-    record = _as_it_stands(load_record(sweep, place.study_url))
+    record = as_it_stands(load_record(sweep, place.study_url))
     if as_json:
         _print_json(status_json(record))
         return
@@ -172,26 +173,8 @@ def report(
 
     place = _home(home)
     place.check()
-    for line in write_report(sweeps, place, out, _as_it_stands):
+    for line in write_report(sweeps, place, out):
         print(line)
-
-
-def _as_it_stands(record: SweepRecord) -> SweepRecord:
-    """A sweep whose driver is gone is interrupted, whatever the driver last wrote."""
-    from dataclasses import replace
-
-    from sweepsvc.owner import is_driven
-
-    if is_driven(record.state, record.owner):
-        return record
-
-    def stopped(trials: Any) -> list[Any]:
-        return [
-            replace(trial, state="interrupted") if trial.state == "running" else trial for trial in trials
-        ]
-
-    state = "interrupted" if record.state == "running" else record.state
-    return replace(record, state=state, baselines=stopped(record.baselines), trials=stopped(record.trials))
 
 
 @app.command()

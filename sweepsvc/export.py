@@ -199,9 +199,7 @@ def _command(record: SweepRecord, home: Home, trial: TrialRecord, asked: Asked) 
     words = ["export", record.sweep_id, "--trial", str(trial.proposal.number), "-o", str(asked.folder)]
     if asked.merge:
         words.append("--merge")
-    if home.path != Path("runs").absolute():
-        words += ["--home", str(home.path)]
-    return f"python -m sweepsvc {shlex.join(words)}"
+    return f"python -m sweepsvc {shlex.join([*words, *home.option])}"
 
 
 # --- the registry -----------------------------------------------------------------------------------

@@ -42,6 +42,11 @@ class Home:
     def artifacts(self) -> Path:
         return self.path / "mlartifacts"
 
+    @property
+    def option(self) -> list[str]:
+        """The words that name it in a command; none where a command finds it by itself."""
+        return [] if self.path == Path("runs").absolute() else ["--home", str(self.path)]
+
     def check(self) -> None:
         """Raise `CannotStart` if a later version made this home."""
         try:

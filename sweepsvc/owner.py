@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import psutil
 
 from sweeps.errors import CannotStart
 from sweepsvc.home import SweepFolder
+from sweepsvc.protocols import SweepRecord, TrialRecord
 
 _CLOCK_STEP_SECONDS = 300
 
@@ -40,6 +42,20 @@ def lives(owner: str) -> bool:
 def is_driven(state: str, owner: str) -> bool:
     """Whether a sweep in that state runs; a driver that was killed has left "running" behind."""
     return state == "running" and lives(owner)
+
+
+def as_it_stands(record: SweepRecord) -> SweepRecord:
+    """A sweep whose driver is gone is interrupted, and so is what ran, whatever the driver last wrote."""
+    if is_driven(record.state, record.owner):
+        return record
+
+    def stopped(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
+        return [
+            replace(trial, state="interrupted") if trial.state == "running" else trial for trial in trials
+        ]
+
+    state = "interrupted" if record.state == "running" else record.state
+    return replace(record, state=state, baselines=stopped(record.baselines), trials=stopped(record.trials))
 
 
 def is_elsewhere(owner: str) -> bool:

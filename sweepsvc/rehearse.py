@@ -24,6 +24,7 @@ from sweeps.spec import ARTICLE_TASKS, DataSpec, ModelSpec, TrialSpec
 from sweeps.sweep import Sweep
 from sweeps.trial.paths import write_whole
 from sweepsvc.home import Home
+from sweepsvc.plan import MOST_LISTED
 from sweepsvc.proposing import Proposer
 from sweepsvc.protocols import Proposal, SweepRecord
 
@@ -36,7 +37,6 @@ T = TypeVar("T")
 MOST_TRIALS = 32
 """Trials that one rehearsal runs. Of more, those are taken first that show a value not seen yet."""
 
-_MOST_LISTED = 10_000
 _ROWS = 24
 _TEXTS = 2_000
 
@@ -119,7 +119,7 @@ def set_stage(sweep: Sweep, folder: Path) -> Rehearsal:
 
 def trials_of(sweep: Sweep) -> tuple[list[Proposal], int]:
     """The distinct trials to rehearse, without repeats, and how many there are, or will be drawn."""
-    proposals = list(itertools.islice(_distinct_trials(sweep), _MOST_LISTED))
+    proposals = list(itertools.islice(_distinct_trials(sweep), MOST_LISTED))
     if sweep.search.space.size is None:
         return proposals, sweep.search.budget
     if len(proposals) <= MOST_TRIALS:

@@ -32,10 +32,6 @@ class Matched:
     settings: Mapping[str, str]
     sides: tuple[Mapping[str, Side], ...]
 
-    @property
-    def is_in_all(self) -> bool:
-        return all(self.sides)
-
 
 @dataclass(frozen=True)
 class Comparison:

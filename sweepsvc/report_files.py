@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import datetime
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from sweeps.errors import CannotStart
 from sweeps.trial.paths import TrialFolder, write_whole
 from sweepsvc.home import Home
+from sweepsvc.owner import as_it_stands
 from sweepsvc.protocols import SweepRecord
 from sweepsvc.report import build
 from sweepsvc.report_compare import compared
@@ -25,12 +26,7 @@ PAGE, MARKDOWN, CSV = "report.html", "report.md", "report.csv"
 LONGEST_FOLDER_NAME = 120
 
 
-def write_report(
-    sweeps: Sequence[str],
-    home: Home,
-    out: Path | None,
-    as_it_stands: Callable[[SweepRecord], SweepRecord] = lambda record: record,
-) -> list[str]:
+def write_report(sweeps: Sequence[str], home: Home, out: Path | None) -> list[str]:
     """Write the report of one sweep, or of several side by side; what a person should know of it.
 
     Raises `UnknownSweep`, and `CannotStart` where a sweep cannot be read or the folder not be written. A

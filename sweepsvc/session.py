@@ -182,10 +182,8 @@ def stop(prefix: str | None, home: Home, waits: bool = True) -> None:
     record = load_record(prefix, home.study_url)
     folder = home.sweep(record.sweep_id)
     if not owner.is_driven(record.state, record.owner):
-        raise CannotStart(
-            f"only a sweep that runs can be stopped, and {record.sweep_id} is "
-            f"{'interrupted' if record.state == 'running' else record.state}"
-        )
+        state = owner.as_it_stands(record).state
+        raise CannotStart(f"only a sweep that runs can be stopped, and {record.sweep_id} is {state}")
     try:
         folder.stop.touch()
     except OSError as error:
@@ -351,8 +349,7 @@ def _resume_line(home: Home, sweep_id: str) -> str:
 
 
 def _command(home: Home, *words: str) -> str:
-    where = [] if home.path == Path("runs").absolute() else ["--home", str(home.path)]
-    return shlex.join([_python(), "-m", "sweepsvc", *words, *where])
+    return shlex.join([_python(), "-m", "sweepsvc", *words, *home.option])
 
 
 def _python() -> str:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.mlflow_server import Server
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
@@ -54,3 +58,14 @@ def tiny_gguf(tmp_path_factory: pytest.TempPathFactory, tiny_model_dir: Path) ->
     from tests.tiny import save_tiny_gguf
 
     return save_tiny_gguf(tiny_model_dir, tmp_path_factory.mktemp("gguf") / "tiny.gguf")
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    """A real MLflow server that runs already; a test may stop it and start it again."""
+    from tests.mlflow_server import Server
+
+    made = Server(tmp_path)
+    made.start()
+    yield made
+    made.stop()

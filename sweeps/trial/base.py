@@ -90,7 +90,7 @@ def load_base(spec: ModelSpec, device: torch.device | None = None) -> Base:
     device = device or _best_device()
     dtype = _dtype(spec, device)
     source = locate(spec)
-    with _quiet():
+    with without_progress_bars():
         if isinstance(source, GgufModel):
             source = FolderModel(_converted(source, spec))
         config = read_config(source, spec)
@@ -436,8 +436,8 @@ def _four_bit_layers(model: Any) -> Iterator[tuple[str, Any]]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars in a worker's log."""
+def without_progress_bars() -> Iterator[None]:
+    """transformers draws none inside the block: they are no use in a worker's log, or for a small file."""
     was_on = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

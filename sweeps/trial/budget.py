@@ -36,12 +36,16 @@ def recomputes_activations(
     """
     if train.gradient_checkpointing != "auto":
         return train.gradient_checkpointing, ()
-    needed, what = longest, "the longest row has"
-    if train.token_budget != "auto" and train.token_budget > longest:
-        needed, what = train.token_budget, "train.token_budget is"
+    needed = tokens_needed(train, longest)
+    what = "the longest row has" if needed == longest else "train.token_budget is"
     fits = tokens_that_fit(bytes_per_token(config, dtype, checkpointing=False), _free_bytes(device))
     choice = "on" if fits < needed else "off"
     return fits < needed, (f"gradient checkpointing {choice}: without it {fits} tokens fit, {what} {needed}",)
+
+
+def tokens_needed(train: TrainSpec, longest: int) -> int:
+    """What one micro-batch must hold at the least: the longest row, or the budget that was asked for."""
+    return longest if train.token_budget == "auto" else max(longest, train.token_budget)
 
 
 def token_budget(

@@ -3,9 +3,8 @@ trial's settings shows on a CPU in seconds."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,11 +12,11 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
 
 from sweeps.errors import BadModel
 from sweeps.spec import ModelSpec
 from sweeps.trial import gguf
+from sweeps.trial.base import without_progress_bars
 from sweeps.trial.estimate import config_of
 from sweeps.trial.paths import whole_folder
 from sweeps.trial.source import FolderModel, GgufModel, locate, unloadable
@@ -69,7 +68,7 @@ def save_miniature(model: ModelSpec, folder: Path, texts: Iterable[str]) -> Mini
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             network = AutoModelForCausalLM.from_config(small, trust_remote_code=model.trust_remote_code)
-        with _quiet(), whole_folder(folder) as draft:
+        with without_progress_bars(), whole_folder(folder) as draft:
             network.to(torch.float32).save_pretrained(draft)
             tokenizer.save_pretrained(draft)
     except OSError:
@@ -84,18 +83,6 @@ def save_miniature(model: ModelSpec, folder: Path, texts: Iterable[str]) -> Mini
         f"{model.id} is played by a {config.model_type} of {_LAYERS} layers with random weights and {whose}"
     )
     return Miniature(folder, linear_layers(network), tokenizer, note)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars for files of a megabyte."""
-    was_on = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was_on:
-            transformers_logging.enable_progress_bar()
 
 
 def shrunk(config: Any, tokenizer: Any) -> Any:

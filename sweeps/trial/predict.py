@@ -8,7 +8,7 @@ import torch
 
 from sweeps.devices import Device
 from sweeps.spec import TrialSpec
-from sweeps.trial.budget import budget_in, bytes_per_token, tokens_that_fit
+from sweeps.trial.budget import budget_in, bytes_per_token, tokens_needed, tokens_that_fit
 from sweeps.trial.duration import scoring_seconds, training_seconds
 from sweeps.trial.estimate import outline, trainable_params
 from sweeps.trial.lengths import RowLengths, row_lengths, scoring
@@ -146,8 +146,7 @@ def _with_checkpointing(
     train = spec.train
     if train is None or train.gradient_checkpointing != "auto":
         return spec
-    longest = row_lengths(spec.data).longest
-    needed = max(longest, train.token_budget) if train.token_budget != "auto" else longest
+    needed = tokens_needed(train, row_lengths(spec.data).longest)
     cost = bytes_per_token(shapes.config, _dtype(width), checkpointing=False)
     recomputes = tokens_that_fit(cost, _free_bytes(shapes, spec, width, trainable, device)) < needed
     decided = train.model_copy(update={"gradient_checkpointing": recomputes})

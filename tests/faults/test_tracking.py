@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
 from tests.faults.conftest import MakePlace
@@ -12,14 +9,6 @@ from tests.faults.harness import Place, is_in, same_results, tracked
 from tests.mlflow_server import Server
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    made = Server(tmp_path)
-    made.start()
-    yield made
-    made.stop()
 
 
 def test_a_sweep_ends_without_its_server_and_sync_delivers_what_waited(

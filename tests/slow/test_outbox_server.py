@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,6 @@ pytestmark = pytest.mark.slow
 
 SWEEP = sweep_of("sampler: grid, space: {lora.r: [4, 8, 16, 32]}")
 STEPS = range(1, 7)
-
-
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    made = Server(tmp_path)
-    made.start()
-    yield made
-    made.stop()
 
 
 def steps(box: Outbox, trial: Proposal, numbers: range) -> None:
