@@ -15,7 +15,7 @@ from pathlib import Path
 from rich.console import Console
 
 from sweeps.errors import CannotContinue, CannotStart, InvalidSweep
-from sweeps.signals import handled
+from sweeps.signals import Interrupting, handled
 from sweeps.sweep import Sweep
 from sweeps.trial.paths import write_whole
 from sweepsvc import owner
@@ -110,7 +110,8 @@ def _launched(
     """How a new sweep stands at its end; `then` has it before the scheduler and the signals are let go."""
     with contextlib.ExitStack() as stack:
         # Also before the first trial and after the last one, where no trial has to be waited for.
-        stack.enter_context(handled(signal.default_int_handler, signal.SIGTERM))
+        signals = Interrupting()
+        stack.enter_context(handled(signals, signal.SIGINT, signal.SIGTERM))
         _say(console, f"sweep {sweep_id} in {home.path}")
         facts = gather(Path(sweep.source))
         scheduler = stack.enter_context(_scheduler(sweep, home.sweep(sweep_id)))
@@ -126,7 +127,7 @@ def _launched(
             baselines = study.baselines()
         with viewing as view, _saying_how_to_go_on(console, home, sweep_id):
             run = SweepRun(study, Outbox(recorder, folder), folder, view, sweep.faults, baselines)
-            record = drive(run, scheduler)
+            record = _driven(run, scheduler, signals)
         return then(record)
 
 
@@ -138,7 +139,8 @@ def resume(prefix: str, home: Home, asked: Asked) -> SweepRecord:
     sweep_id, folder = launched.sweep_id, home.sweep(launched.sweep_id)
     with contextlib.ExitStack() as stack:
         # Also before the first trial and after the last one, where no trial has to be waited for.
-        stack.enter_context(handled(signal.default_int_handler, signal.SIGTERM))
+        signals = Interrupting()
+        stack.enter_context(handled(signals, signal.SIGINT, signal.SIGTERM))
         stack.enter_context(_owning(launched, folder, asked.take_over))
         sweep = launched.sweep if asked.as_launched else _unchanged(launched.sweep, folder)
         _check_budget(sweep, asked.add_trials)
@@ -169,7 +171,7 @@ def resume(prefix: str, home: Home, asked: Asked) -> SweepRecord:
             if queue or asks:
                 scheduler = stack.enter_context(_scheduler(sweep, folder))
                 scheduler.check()
-                record = drive(run, scheduler)
+                record = _driven(run, scheduler, signals)
             else:
                 record = run.close()
         return _shown(console, home, record)
@@ -239,6 +241,13 @@ def _clear_away(folder: SweepFolder, home: Home) -> None:
     with contextlib.suppress(CannotStart), owner.owning(folder):  # if a driver lives, prepare says so
         if forget_unlaunched(folder.path.name, home.study_url):
             shutil.rmtree(folder.path)
+
+
+def _driven(run: SweepRun, scheduler: RayScheduler, signals: Interrupting) -> SweepRecord:
+    """`drive`, which starts nothing where a signal before it was lost."""
+    if signals.was_heard:
+        run.ask_to_stop()
+    return drive(run, scheduler)
 
 
 def _scheduler(sweep: Sweep, folder: SweepFolder) -> RayScheduler:

@@ -357,6 +357,29 @@ def test_sigterm_before_the_first_trial_leaves_nothing(
 # --- the tracker ------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_that_python_lost_before_the_first_trial_is_heard_all_the_same(
+    file: Path, home: Home, trials: Trials, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    real = session.gather
+
+    class Freed:
+        def __del__(self) -> None:
+            signal.raise_signal(number)  # what it raises here goes nowhere
+
+    def gather(source: Path) -> dict[str, str]:
+        Freed()
+        return real(source)
+
+    monkeypatch.setattr(session, "gather", gather)
+    record = session.launch(load_sweep(file), home, "demo-1")
+    assert (trials.ran, record.state) == ([], "interrupted")
+    monkeypatch.setattr(session, "gather", real)
+    assert session.resume("demo-1", home, Asked()).state == "completed"
+    assert len(trials.ran) == 3
+
+
 def test_a_tracker_that_is_away_when_a_sweep_is_resumed_is_made_whole_later(
     file: Path,
     home: Home,
