@@ -192,13 +192,17 @@ def plan(
     budget: Annotated[
         float | None, typer.Option("--budget", metavar="HOURS", min=0, help="GPU hours that may be spent.")
     ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option("--calibrate", help="Measure a few steps on the device, here, and correct the plan."),
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Show the trials that a sweep would run, with their parameters, memory and time; starts nothing."""
     from sweepsvc.plan import plan as make_plan
     from sweepsvc.plan import plan_json
 
-    made = make_plan(_load(file, overrides), device, budget)
+    made = make_plan(_load(file, overrides), device, budget, calibrate)
     if as_json:
         _print_json(plan_json(made))
         return

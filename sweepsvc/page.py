@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from importlib import resources
 
-from sweepsvc.page_charts import Chart, charts
+from sweepsvc.page_charts import Chart, charts, joint_charts
 from sweepsvc.page_html import Content, Html, breakable, data, element, escaped, joined, scrolling, table
 from sweepsvc.report_compare import Comparison, Side
 from sweepsvc.report_stats import Paired
@@ -117,14 +117,7 @@ def _result_row(report: SweepReport, row: Row, several: bool) -> Html:
     cells: list[Content] = [row.settings.get(path, "") for path in report.paths]
     cells += [_score(row.cells.get(task)) for task in report.tasks]
     if several:
-        cells.append(
-            joined(
-                [
-                    _number(row.mean, 3),
-                    _gap(row.mean_difference, row.mean_difference and row.mean_difference > 0),
-                ]
-            )
-        )
+        cells.append(_score(row.mean_cell))
     cells += [_number(value, digits) for value, digits in costs(row)]
     kind = "baseline" if row.is_baseline else "best" if row.is_best else "" if row.completed else "ended"
     name: list[Content] = [row.key]
@@ -147,19 +140,19 @@ def _score(cell: Cell | None) -> Html:
     if cell is None:
         return Html("")
     error = element("span", f" ± {cell.stderr:.3f}", class_="stderr") if cell.stderr is not None else ""
-    return joined([data(cell.value, f"{cell.value:.3f}"), error, _gap(cell.difference, cell.better, cell)])
+    return joined([data(cell.value, f"{cell.value:.3f}"), error, _gap(cell)])
 
 
-def _gap(difference: float | None, better: bool | float | None, cell: Cell | None = None) -> Html:
+def _gap(cell: Cell) -> Html:
     """A difference, coloured by its size and sign unless it is noise; faintly where it was not tested."""
+    difference, noise = cell.difference, cell.within_noise
     if difference is None:
         return Html("")
-    noise = cell is not None and cell.within_noise
-    is_tested = cell is not None and cell.paired is not None
+    is_tested = cell.paired is not None
     strength = 1 + sum(is_tested and abs(difference) >= limit for limit in STRENGTHS)
-    kind = "noise" if noise or not difference else f"{'good' if better else 'bad'} strength-{strength}"
+    kind = "noise" if noise or not difference else f"{'good' if cell.better else 'bad'} strength-{strength}"
     shown = joined([data(difference, f"{difference:+.3f}"), f" {NOISE_MARK}" if noise else ""])
-    return element("span", shown, class_=f"gap {kind}", title=_test_text(cell) if cell else "")
+    return element("span", shown, class_=f"gap {kind}", title=_test_text(cell))
 
 
 def _test_text(cell: Cell) -> str:
@@ -292,7 +285,7 @@ def _varied(values: Mapping[str, tuple[str, ...]]) -> str:
 
 def _comparison(comparison: Comparison) -> Html:
     names = [report.sweep_id for report in comparison.reports]
-    columns = [(i, task) for task in comparison.tasks for i in range(len(names))]
+    columns = [(i, column) for column in comparison.columns for i in range(len(names))]
     heads = [
         "",
         *comparison.paths,
@@ -317,6 +310,7 @@ def _comparison(comparison: Comparison) -> Html:
         element("h2", "Side by side"),
         table(heads, rows, class_="results") if rows else element("p", "No trial of these sweeps completed."),
         element("p", note, class_="small"),
+        _pictures(joint_charts(comparison)),
         element("h2", "Settings that differ"),
         table(["field", *names], differing, class_="facts")
         if differing

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import statistics
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ import matplotlib.style
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from sweeps.sweep import MEAN_SCORE
+from sweepsvc.report_compare import Comparison
 from sweepsvc.report_views import Curve, curves
 from sweepsvc.report_words import Row, SweepReport
 
@@ -46,6 +49,9 @@ _STYLE = {
     "lines.markersize": 5,
 }
 _SIZE = 4.6, 3.1
+MARKERS = "osD^v<>p"
+_DASHES: Sequence[Any] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)))
+_LONGEST_NAME = 44  # of a sweep, in a legend
 DRAWN = 100
 """Most curves in one picture, the best one aside."""
 
@@ -71,6 +77,17 @@ def charts(report: SweepReport) -> list[Chart]:
     """Every picture of one sweep."""
     drawn = [_alpha_chart, _cost_chart("memory"), _cost_chart("time"), _loss_chart, _importance_chart]
     return [draw(report, number) for number, draw in enumerate(drawn)]
+
+
+def joint_charts(comparison: Comparison) -> list[Chart]:
+    """The pictures of several sweeps together, each sweep with a colour, a shape and a kind of line."""
+    memory = _Axis("peak memory, GB", lambda row: row.peak_memory_gb)
+    ratio = _Axis("alpha / r", lambda row: row.alpha_over_r, joins=True)
+    return [
+        _joint_scores("Score against peak memory", comparison, memory, 0),
+        _joint_scores("Score against alpha / r", comparison, ratio, 1),
+        _joint_losses(comparison, 2),
+    ]
 
 
 # --- one picture ------------------------------------------------------------------------------------
@@ -168,7 +185,7 @@ def _alpha_chart(report: SweepReport, number: int) -> Chart:
                 [row.headline for row in group],
                 yerr=[row.headline_stderr or 0.0 for row in group],
                 color=colour,
-                marker="osD^v<>p"[i % 8],
+                marker=MARKERS[i % len(MARKERS)],
                 linewidth=1,
                 elinewidth=0.8,
                 capsize=2,
@@ -255,14 +272,7 @@ def _loss_chart(report: SweepReport, number: int) -> Chart:
     def plot(axes: Any) -> None:
         for i, line in enumerate(lines):
             _plot_curve(axes, line, _curve_style(lines, i))
-        values = [value for line in lines for _, value in (*line.train, *line.held_out)]
-        if min(values) > 0 and max(values) > 8 * min(values):
-            axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            axes.yaxis.set_minor_formatter(FuncFormatter(_some_minor))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("step")
-        axes.set_ylabel("loss")
+        _loss_axes(axes, [value for line in lines for _, value in (*line.train, *line.held_out)])
         if axes.get_legend_handles_labels()[1]:
             axes.legend(fontsize=8, ncols=2, loc="upper right")
 
@@ -280,6 +290,17 @@ def _loss_chart(report: SweepReport, number: int) -> Chart:
         f"Training loss by step of {len(lines)} trials. Last losses: {'; '.join(ends[:NAMED])}",
         f"Training loss, each point the mean since the last report.{held_out}{cut}{left_out}",
     )
+
+
+def _loss_axes(axes: Any, values: Sequence[float]) -> None:
+    """Losses that differ by far are told apart on a logarithmic axis."""
+    if min(values) > 0 and max(values) > 8 * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(FuncFormatter(_some_minor))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
 
 
 def _some_minor(value: float, _: Any) -> str:
@@ -332,3 +353,174 @@ def _importance_chart(report: SweepReport, number: int) -> Chart:
     )
     svg = _draw(number, plot, height=0.9 + 0.4 * len(names))
     return Chart(title, svg, f"Importance: {said}", caption)
+
+
+# --- several sweeps ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """What scores are drawn against; trials with one rank are joined where their order means something."""
+
+    name: str
+    value: Callable[[Row], float | None]
+    joins: bool = False
+
+    def of(self, row: Row) -> float:
+        return self.value(row) or 0.0
+
+
+def _look(i: int) -> Mapping[str, Any]:
+    """The i-th sweep's colour and shape: shapes alone tell eight sweeps apart."""
+    return {"color": SERIES[i % len(SERIES)], "marker": MARKERS[i % len(MARKERS)]}
+
+
+def _joint_scores(title: str, comparison: Comparison, axis: _Axis, number: int) -> Chart:
+    reports = comparison.reports
+    if (why_not := _no_common_score(reports)) is not None:
+        return Chart(title, why_not=why_not)
+    drawn = [
+        [row for row in report.completed if row.headline is not None and axis.value(row)]
+        for report in reports
+    ]
+    everything = [row for rows in drawn for row in rows]
+    if sum(bool(rows) for rows in drawn) < 2:
+        return Chart(title, why_not="fewer than two of the sweeps have a completed trial to draw")
+    headline = reports[0].headline
+
+    def plot(axes: Any) -> None:
+        for i, (report, rows) in enumerate(zip(reports, drawn, strict=True)):
+            points = [axis.of(row) for row in rows], [row.headline for row in rows]
+            look = _look(i)
+            # Open shapes: one over another, both are seen.
+            axes.scatter(
+                *points,
+                s=34,
+                marker=look["marker"],
+                facecolors="none",
+                edgecolors=look["color"],
+                linewidths=1.5,
+                label=_short(report.sweep_id),
+                zorder=3,
+            )
+        _joint_baselines(axes, reports)
+        if axis.joins:
+            _join(axes, drawn, axis)
+        if len(everything) <= NAMED and not axis.joins:
+            _name(axes, everything, axis.of)
+        if axis.joins:
+            _log2_axis(axes, [axis.of(row) for row in everything])
+        else:
+            axes.margins(0.1)
+            axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.set_xlabel(axis.name)
+        axes.set_ylabel(headline)
+        _legend_below(axes)
+
+    joined = " Lines join trials of one rank, which stands where they begin." if axis.joins else ""
+    has_base = any(row.headline is not None for report in reports for row in report.baselines)
+    base = " Dashed and grey: the untouched base." if has_base else ""
+    alt = "; ".join(
+        f"{report.sweep_id}: {_listed(rows, axis.of, report)}"
+        for report, rows in zip(reports, drawn, strict=True)
+    )
+    caption = f"Completed trials, each sweep with a colour and a shape.{joined}{base}"
+    svg = _draw(number, plot, _SIZE[1] + 0.2 * len(reports))
+    return Chart(title, svg, f"{axis.name}, {alt}", caption)
+
+
+def _no_common_score(reports: Sequence[SweepReport]) -> str | None:
+    """Why the sweeps' scores are not to be put on one axis."""
+    names = dict.fromkeys(report.headline for report in reports)
+    if len(names) > 1:
+        return f"the sweeps are told by different numbers: {', '.join(names)}"
+    if reports[0].headline == MEAN_SCORE and len({frozenset(report.tasks) for report in reports}) > 1:
+        return "the mean scores are over different benchmarks"
+    return None
+
+
+def _join(axes: Any, drawn: Sequence[Sequence[Row]], axis: _Axis) -> None:
+    """The trials of a sweep with one rank, in their order; of repeats the mean. Where a line begins its rank
+    stands: once for all sweeps that begin there."""
+    begins: dict[tuple[float, int], list[float]] = {}
+    for i, rows in enumerate(drawn):
+        style = {"color": SERIES[i % len(SERIES)], "linestyle": _DASHES[i % len(_DASHES)]}
+        for r in sorted({row.r for row in rows if row.r is not None}):
+            by_place: dict[float, list[float]] = {}
+            for row in rows:
+                if row.r == r and row.headline is not None:
+                    by_place.setdefault(axis.of(row), []).append(row.headline)
+            places = sorted(by_place)
+            means = [statistics.fmean(by_place[place]) for place in places]
+            axes.plot(places, means, linewidth=1, **style)
+            begins.setdefault((places[0], r), []).append(means[0])
+    _name_ranks(axes, {place: min(values) for place, values in begins.items()})
+
+
+def _name_ranks(axes: Any, begins: Mapping[tuple[float, int], float]) -> None:
+    """`r=8` below where its lines begin; of several that begin at one place, none over another."""
+    low, high = axes.get_ylim()
+    gap = (high - low) * 0.06  # a line of text
+    for place in sorted({place for place, _ in begins}):
+        there = sorted(((y, r) for (x, r), y in begins.items() if x == place), reverse=True)
+        last = math.inf
+        for y, r in there:
+            last = min(y, last - gap)
+            axes.annotate(f"r={r}", (place, last), xytext=(5, -9), textcoords="offset points", fontsize=8)
+
+
+def _joint_baselines(axes: Any, reports: Sequence[SweepReport]) -> None:
+    """A line for each value that an untouched base has."""
+    for value in sorted(
+        {round(row.headline, 6) for one in reports for row in one.baselines if row.headline is not None}
+    ):
+        axes.axhline(value, color=MUTED, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+
+
+def _joint_losses(comparison: Comparison, number: int) -> Chart:
+    title = "Loss by step"
+    heard = [[one for one in curves(report) if one.train][:DRAWN] for report in comparison.reports]
+    if sum(bool(lines) for lines in heard) < 2:
+        return Chart(title, why_not="fewer than two of the sweeps have a trial whose loss was heard")
+
+    def plot(axes: Any) -> None:
+        for i, (report, lines) in enumerate(zip(comparison.reports, heard, strict=True)):
+            style = {"color": SERIES[i % len(SERIES)], "linestyle": _DASHES[i % len(_DASHES)]}
+            for line in lines:
+                if not line.is_best:
+                    axes.plot(*zip(*line.train, strict=True), linewidth=0.7, alpha=0.55, **style)
+            for line in lines:
+                if line.is_best:
+                    axes.plot(*zip(*line.train, strict=True), linewidth=2, zorder=3, **style)
+                    axes.plot(*line.train[-1], **_look(i), zorder=4)
+            axes.plot([], [], marker=_look(i)["marker"], label=_short(report.sweep_id), **style)
+        _loss_axes(axes, [value for lines in heard for line in lines for _, value in line.train])
+        _legend_below(axes)
+
+    best = [
+        f"{report.sweep_id}, trial {line.label}: {line.train[-1][1]:.3f}"
+        for report, lines in zip(comparison.reports, heard, strict=True)
+        for line in lines
+        if line.is_best
+    ]
+    count = sum(map(len, heard))
+    return Chart(
+        title,
+        _draw(number, plot, _SIZE[1] + 0.2 * len(heard)),
+        f"Training loss by step of {count} trials. Last losses of the best: {'; '.join(best)}",
+        "Training loss, each point the mean since the last report. Thick, with its sweep's shape at the end: "
+        "the best trial of each sweep.",
+    )
+
+
+def _short(sweep_id: str) -> str:
+    """The id, its middle left out where it is very long."""
+    if len(sweep_id) <= _LONGEST_NAME:
+        return sweep_id
+    half = _LONGEST_NAME // 2
+    return f"{sweep_id[: half - 1]}…{sweep_id[-half:]}"
+
+
+def _legend_below(axes: Any) -> None:
+    """Out of the way of the points; a line for each sweep, whose ids are long."""
+    axes.figure.legend(loc="outside lower left", fontsize=8, ncols=1)

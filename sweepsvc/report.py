@@ -15,7 +15,7 @@ from sweeps.space import field_value
 from sweeps.spec import FIELDS
 from sweeps.sweep import LOSSES, MEAN_SCORE, SCORE, Sweep
 from sweepsvc.protocols import SweepRecord, TrialRecord
-from sweepsvc.report_documents import NO_FILE, Outcome, compare
+from sweepsvc.report_documents import NO_FILE, Outcome, compare, compare_means
 from sweepsvc.report_stats import Paired, Spread, front
 from sweepsvc.report_words import Cell, Evidence, Repeats, Row, SweepReport, inverted, said
 from sweepsvc.view import best_trial, with_rule
@@ -158,7 +158,17 @@ def _against(row: Row, base: Row, documents: Mapping[str, Mapping[str, Outcome]]
     }
     both = row.mean is not None and base.mean is not None and row.cells.keys() == base.cells.keys()
     difference = row.mean - base.mean if both and row.mean is not None and base.mean is not None else None
-    return replace(row, cells=cells, mean_difference=difference, baseline=base.key)
+    tested = None
+    if difference is not None and len(cells) > 1:
+        tested = _tested(documents, base, row, list(cells))
+    return replace(
+        row,
+        cells=cells,
+        mean_difference=difference,
+        mean_paired=tested if isinstance(tested, Paired) else None,
+        mean_untested=tested if isinstance(tested, str) else "",
+        baseline=base.key,
+    )
 
 
 def against(cell: Cell, base: Cell | None, of_base: Outcome, of_cell: Outcome) -> Cell:
@@ -181,16 +191,26 @@ def _outcome(documents: Mapping[str, Mapping[str, Outcome]], key: str, task: str
 def _near_best(
     rows: Sequence[Row], tasks: Sequence[str], metric: str, documents: Mapping[str, Mapping[str, Outcome]]
 ) -> tuple[str, ...]:
-    task = tasks[0] if metric == MEAN_SCORE and len(tasks) == 1 else metric.removeprefix(SCORE)
     best = next((row for row in rows if row.is_best), None)
-    if best is None or task not in best.cells:
+    if best is None:
+        return ()
+    wanted = set(best.cells) if metric == MEAN_SCORE else {metric.removeprefix(SCORE)} & set(best.cells)
+    if not wanted:
         return ()
     tested = {
-        row.key: compare(_outcome(documents, best.key, task), _outcome(documents, row.key, task))
+        row.key: _tested(documents, best, row, [task for task in tasks if task in wanted])
         for row in rows
-        if task in row.cells and not row.is_baseline and row is not best
+        if wanted <= set(row.cells) and not row.is_baseline and row is not best
     }
     return tuple(key for key, one in tested.items() if isinstance(one, Paired) and one.within_noise)
+
+
+def _tested(
+    documents: Mapping[str, Mapping[str, Outcome]], base: Row, row: Row, tasks: Sequence[str]
+) -> Paired | str:
+    """One benchmark's scores, or the means of several."""
+    pairs = [(_outcome(documents, base.key, task), _outcome(documents, row.key, task)) for task in tasks]
+    return compare(*pairs[0]) if len(pairs) == 1 else compare_means(pairs)
 
 
 def _with_front(rows: Sequence[Row], up: bool) -> list[Row]:

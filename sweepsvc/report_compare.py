@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from sweeps.sweep import MEAN_SCORE
 from sweepsvc.report import against, of_a_baseline
-from sweepsvc.report_documents import NO_FILE
-from sweepsvc.report_words import Cell, Row, SweepReport, said
+from sweepsvc.report_documents import NO_FILE, Outcome, compare_means
+from sweepsvc.report_stats import Paired
+from sweepsvc.report_words import Cell, Row, SweepReport, mean_cell, said
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,10 @@ class Side:
 
 @dataclass(frozen=True)
 class Matched:
-    """Settings with each sweep's side by benchmark; a sweep without a completed trial there has none."""
+    """Settings with each sweep's side by benchmark, and by `score.mean` where all have the same several.
+
+    A sweep without a completed trial there has none.
+    """
 
     name: str
     settings: Mapping[str, str]
@@ -43,6 +48,16 @@ class Comparison:
     matched: tuple[Matched, ...]
     differing: Mapping[str, tuple[str, ...]]
     environment: Mapping[str, tuple[str, ...]]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The benchmarks, and their mean where all sweeps have the same several."""
+        return (*self.tasks, *([MEAN_SCORE] if _share_benchmarks(self.reports) else []))
+
+
+def _share_benchmarks(reports: Sequence[SweepReport]) -> bool:
+    tasks = {frozenset(report.tasks) for report in reports}
+    return len(tasks) == 1 and len(next(iter(tasks))) > 1
 
 
 def compared(reports: Sequence[SweepReport]) -> Comparison:
@@ -73,10 +88,12 @@ def _matched(key: _Match, reports: Sequence[SweepReport], paths: Sequence[str]) 
     found = [[row for row in report.rows if _match(row, paths) == key] for report in reports]
     first = next((rows for rows in found if rows), [])
     done = [[row for row in rows if row.completed] for rows in found]
-    sides = [
-        {task: side for task in report.tasks if (side := _side(task, i, done, reports)) is not None}
-        for i, report in enumerate(reports)
-    ]
+    sides = []
+    for i, report in enumerate(reports):
+        made = {task: _side(task, i, done, reports) for task in report.tasks}
+        if _share_benchmarks(reports):
+            made[MEAN_SCORE] = _mean_side(i, done, reports)
+        sides.append({name: side for name, side in made.items() if side is not None})
     return Matched("baseline" if key[0] else "", first[0].settings, tuple(sides))
 
 
@@ -93,11 +110,31 @@ def _side(task: str, i: int, done: Sequence[Sequence[Row]], reports: Sequence[Sw
     first = [row for row in done[0] if task in row.cells]
     if i == 0 or len(first) != 1:
         return Side(keys, mean, cell)
-    outcomes = [
-        report.evidence.documents.get(row.key, {}).get(task, NO_FILE)
-        for report, row in ((reports[0], first[0]), (reports[i], rows[0]))
-    ]
-    return Side(keys, mean, against(cell, first[0].cells[task], outcomes[0], outcomes[1]))
+    outcomes = _outcome(reports[0], first[0], task), _outcome(reports[i], rows[0], task)
+    return Side(keys, mean, against(cell, first[0].cells[task], *outcomes))
+
+
+def _outcome(report: SweepReport, row: Row, task: str) -> Outcome:
+    return report.evidence.documents.get(row.key, {}).get(task, NO_FILE)
+
+
+def _mean_side(i: int, done: Sequence[Sequence[Row]], reports: Sequence[SweepReport]) -> Side | None:
+    """As `_side`, of the means over all benchmarks; of a trial that lacks one of them there is none."""
+    tasks = reports[0].tasks
+    whole = [[(row, row.mean) for row in rows if row.mean is not None] for rows in done]
+    whole = [[(row, mean) for row, mean in rows if set(row.cells) == set(tasks)] for rows in whole]
+    if not whole[i]:
+        return None
+    keys = tuple(row.key for row, _ in whole[i])
+    mean = statistics.fmean(mean for _, mean in whole[i])
+    if len(keys) > 1:
+        return Side(keys, mean)
+    if i == 0 or len(whole[0]) != 1:
+        return Side(keys, mean, mean_cell(mean, None, None, ""))
+    (first, first_mean), (row, _) = whole[0][0], whole[i][0]
+    tested = compare_means([(_outcome(reports[0], first, t), _outcome(reports[i], row, t)) for t in tasks])
+    paired, why = (tested, "") if isinstance(tested, Paired) else (None, tested)
+    return Side(keys, mean, mean_cell(mean, mean - first_mean, paired, why))
 
 
 def _differing(reports: Sequence[SweepReport], paths: Sequence[str]) -> dict[str, tuple[str, ...]]:

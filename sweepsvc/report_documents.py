@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from sweeps.result import Score
-from sweepsvc.report_stats import Paired, paired_test
+from sweepsvc.report_stats import Paired, paired_means, paired_test
 
 
 @dataclass(frozen=True)
@@ -82,3 +82,27 @@ def compare(base: Outcome, trial: Outcome) -> Paired | str:
     if base.hashes != trial.hashes:
         return "the documents are not the same"
     return paired_test(base.scores, trial.scores)
+
+
+def compare_means(pairs: Sequence[tuple[Outcome, Outcome]]) -> Paired | str:
+    """The paired test of a trial's mean score against what it is compared with, or why there is none.
+
+    `pairs` has for each benchmark what it is compared with, and the trial.
+    """
+    gaps = []
+    for base, trial in pairs:
+        tested = compare(base, trial)
+        if isinstance(tested, str):
+            return tested
+        assert isinstance(base, Documents)
+        assert isinstance(trial, Documents)
+        gaps.append(_gaps(base, trial))
+    return paired_means(gaps) or "a benchmark has fewer than two documents"
+
+
+def _gaps(base: Documents, trial: Documents) -> dict[str, list[float]]:
+    """By the document's own hash, whichever benchmark asks about it."""
+    found: dict[str, list[float]] = {}
+    for name, before, after in zip(base.hashes, base.scores, trial.scores, strict=True):
+        found.setdefault(name.rpartition("/")[2], []).append(after - before)
+    return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 NOISE = 0.05
@@ -47,6 +47,39 @@ def paired_test(one: Sequence[float], other: Sequence[float]) -> Paired:
     else:
         test, p_value = "paired t", _paired_t([b - a for a, b in zip(one, other, strict=True)])
     return Paired(test, p_value, len(one), len(apart))
+
+
+def paired_means(gaps: Sequence[Mapping[str, Sequence[float]]]) -> Paired | None:
+    """How often chance alone would part two trials' mean scores so far: Student's t of the difference.
+
+    `gaps` has for each benchmark, by document, what one trial scored above the other. The difference is the
+    mean of the benchmarks' mean gaps; its variance the sum of theirs over the square of their number, a
+    benchmark's being its documents' over their count. Documents that benchmarks share are no independent
+    evidence: each counts once, with all that it adds to the difference. None where a benchmark has fewer than
+    two documents.
+    """
+    flat = [[gap for values in one.values() for gap in values] for one in gaps]
+    if not gaps or any(len(one) < 2 for one in flat):
+        return None
+    means = [math.fsum(one) / len(one) for one in flat]
+    added: dict[str, float] = {}  # by each document to the difference, beside what is expected
+    for one, values, mean in zip(gaps, flat, means, strict=True):
+        scale = 1 / math.sqrt(len(values) * (len(values) - 1))
+        for document, there in one.items():
+            added[document] = added.get(document, 0.0) + scale * math.fsum(gap - mean for gap in there)
+    error = math.sqrt(math.fsum(gap * gap for gap in added.values())) / len(gaps)
+    p_value = _two_sided(math.fsum(means) / len(gaps), error, len(added) - len(gaps), sum(map(len, flat)))
+    return Paired("paired t of means", p_value, len(added), sum(gap != 0 for one in flat for gap in one))
+
+
+def _two_sided(difference: float, error: float, freedom: int, documents: int) -> float:
+    from scipy.special import stdtr
+
+    if difference == 0:
+        return 1.0
+    if error == 0:  # the same gap everywhere: as in a paired t
+        return float(2.0 ** (1 - documents))
+    return float(2 * stdtr(max(1, freedom), -abs(difference / error)))
 
 
 def _mcnemar(won: int, apart: int) -> float:

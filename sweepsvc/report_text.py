@@ -61,6 +61,7 @@ def _csv_row(report: SweepReport, row: Row) -> dict[str, Any]:
         }
     values |= {
         "score.mean": row.mean,
+        **(_mean_csv(row) if len(report.tasks) > 1 else {}),
         "peak_memory_gb": row.peak_memory_gb,
         "train_seconds": row.train_seconds,
         "eval_seconds": row.eval_seconds,
@@ -70,6 +71,13 @@ def _csv_row(report: SweepReport, row: Row) -> dict[str, Any]:
     if row.failure:
         values |= {"failure": row.failure.kind, "message": row.failure.message}
     return values
+
+
+def _mean_csv(row: Row) -> dict[str, Any]:
+    return {
+        "difference.mean": row.mean_difference,
+        "p_value.mean": row.mean_paired and row.mean_paired.p_value,
+    }
 
 
 def _csv_cell(value: Any) -> Any:
@@ -139,7 +147,7 @@ def result_table(report: SweepReport) -> Table:
             trial_name(row),
             *(row.settings.get(path, "") for path in report.paths),
             *(score_text(row.cells.get(task)) for task in report.tasks),
-            *([_mean_text(row)] if several else []),
+            *([score_text(row.mean_cell)] if several else []),
             *(number(value, digits) for value, digits in costs(row)),
         ]
         for row in report.rows
@@ -173,11 +181,6 @@ def score_text(cell: Cell | None) -> str:
     if cell.difference is None:
         return f"{cell.value:.3f}{stderr}"
     return f"{cell.value:.3f}{stderr} ({cell.difference:+.3f}{' ' + NOISE_MARK if cell.within_noise else ''})"
-
-
-def _mean_text(row: Row) -> str:
-    gap = f" ({row.mean_difference:+.3f})" if row.mean_difference is not None else ""
-    return f"{number(row.mean, 3)}{gap}"
 
 
 def number(value: float | None, digits: int) -> str:
@@ -216,7 +219,7 @@ def failures_table(report: SweepReport) -> Table:
 
 
 def side_table(comparison: Comparison) -> Table:
-    columns = [(i, task) for task in comparison.tasks for i in range(len(comparison.reports))]
+    columns = [(i, column) for column in comparison.columns for i in range(len(comparison.reports))]
     head = [f"{task} {comparison.reports[i].sweep_id}" for i, task in columns]
     rows = []
     for one in comparison.matched:
@@ -267,7 +270,10 @@ def legend(report: SweepReport) -> list[str]:
     for why, cells in report.untested.items():
         lines.append(f"Not tested, so without a mark: {shortened(cells)}: {why}.")
     if len(report.tasks) > 1:
-        lines.append("A mean over benchmarks has no standard error: they may share documents.")
+        lines.append(
+            "A mean over benchmarks has no standard error: they may share documents. The test of its "
+            "difference counts a document that they share once."
+        )
     if any(not row.completed for row in report.rows):
         lines.append("A trial that has not completed has no scores, and is in no mean and no ranking.")
     return lines

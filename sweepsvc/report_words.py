@@ -53,6 +53,15 @@ class Cell:
         return (self.difference > 0) != (self.metric in LOWER_IS_BETTER)
 
 
+def mean_cell(
+    value: float | None, difference: float | None, paired: Paired | None, untested: str
+) -> Cell | None:
+    """A mean over benchmarks; None of None."""
+    if value is None:
+        return None
+    return Cell(value, None, "mean", 0, difference, paired, untested)
+
+
 @dataclass(frozen=True)
 class Row:
     """One trial or baseline. What a trial that has not completed did not come to is empty or None."""
@@ -72,6 +81,8 @@ class Row:
     cells: Mapping[str, Cell] = field(default_factory=dict)
     mean: float | None = None
     mean_difference: float | None = None
+    mean_paired: Paired | None = None
+    mean_untested: str = ""
     headline: float | None = None
     headline_stderr: float | None = None
     objective: float | None = None
@@ -87,6 +98,11 @@ class Row:
     @property
     def completed(self) -> bool:
         return self.state == "completed"
+
+    @property
+    def mean_cell(self) -> Cell | None:
+        """The mean score as a cell, without a standard error: benchmarks may share documents."""
+        return mean_cell(self.mean, self.mean_difference, self.mean_paired, self.mean_untested)
 
     @property
     def seconds(self) -> float | None:
@@ -112,8 +128,8 @@ class Repeats:
 class SweepReport:
     """Everything that is said of one sweep.
 
-    `near_best` are the trials that a paired test cannot tell from the best one, where its objective is the
-    score of one benchmark.
+    `near_best` are the trials that a paired test cannot tell from the best one, where the objective is a
+    score or the mean of them.
     """
 
     sweep_id: str
@@ -164,18 +180,28 @@ class SweepReport:
 
     @cached_property
     def untested(self) -> Mapping[str, tuple[str, ...]]:
-        """Why differences have no paired test, with the cells that have none: `3 facts`."""
-        return inverted(
+        """Why differences have no paired test, with the cells that have none: `3 facts`.
+
+        A mean is there only if its benchmarks are not, which have the same reason.
+        """
+        cells = [
             (cell.untested, f"{row.key} {task}")
             for row in self.rows
             for task, cell in row.cells.items()
             if cell.untested
-        )
+        ]
+        means = [
+            (row.mean_untested, f"{row.key} mean")
+            for row in self.rows
+            if row.mean_untested and not any(cell.untested for cell in row.cells.values())
+        ]
+        return inverted([*cells, *means])
 
     @cached_property
     def tests(self) -> tuple[str, ...]:
-        cells = [cell for row in self.rows for cell in row.cells.values()]
-        return tuple(dict.fromkeys(cell.paired.test for cell in cells if cell.paired))
+        tested = [cell.paired for row in self.rows for cell in row.cells.values()]
+        tested += [row.mean_paired for row in self.rows]
+        return tuple(dict.fromkeys(paired.test for paired in tested if paired))
 
 
 def inverted(pairs: Iterable[tuple[Any, str]]) -> dict[Any, tuple[str, ...]]:

@@ -284,11 +284,14 @@ def _value_text(proposal: Proposal, path: str) -> str:
 
 def plan_table(made: Plan) -> Table:
     """Every distinct trial with its trainable parameters, its memory with one row at a time and at its token
-    budget, and, on a device, its hours."""
+    budget; on a device, its hours, and on a CPU that was measured its minutes."""
     title = f"{made.sweep.name}: {made.runs} trials, {len(made.baselines)} baselines"
     table = Table(title=title, title_justify="left")
     paths = list(made.sweep.search.space)
-    costs = ["least GB", "peak GB", *(["fits", "train h", "eval h"] if made.device else [])]
+    is_timed = made.device is not None or made.hours is not None
+    unit, seconds_in = ("h", 3600) if made.device else ("min", 60)
+    costs = ["least GB", "peak GB", *(["fits"] if made.device else [])]
+    costs += [f"train {unit}", f"eval {unit}"] if is_timed else []
     for name in ("trial", *paths, "trainable parameters", *costs):
         table.add_column(name, justify="right")
     for number, trial in enumerate(made.trials):
@@ -297,7 +300,9 @@ def plan_table(made: Plan) -> Table:
         cells = [f"{predicted.least_gb:.2f}", f"{predicted.peak_memory_gb:.2f}"]
         if made.device:
             cells.append("yes" if predicted.fits else "no")
-            cells += [_hours(predicted.train_seconds), _hours(predicted.eval_seconds)]
+        if is_timed:
+            times = predicted.train_seconds, predicted.eval_seconds
+            cells += ["" if seconds is None else f"{seconds / seconds_in:.2f}" for seconds in times]
         name = f"{number} first" if trial.is_first else f"{number}"
         table.add_row(name, *values, f"{predicted.trainable_params:,}", *cells)
     return table
@@ -305,7 +310,7 @@ def plan_table(made: Plan) -> Table:
 
 def plan_lines(made: Plan) -> list[str]:
     """What stands below the table: how the trials were chosen, the device, the largest trial, the sum."""
-    lines = [made.note, made.device_note]
+    lines = [made.note, made.device_note, *made.calibration_notes]
     if made.trials:
         number, largest = max(enumerate(made.trials), key=lambda pair: pair[1].prediction.memory.total)
         memory = largest.prediction.memory
@@ -318,19 +323,18 @@ def plan_lines(made: Plan) -> list[str]:
             "train.gradient_checkpointing, or take a larger device"
         )
     if (hours := made.gpu_hours) is not None:
-        lines.append(
-            "times take the device to reach half of its peak speed: docs/planning.md has how good that is"
-        )
+        if any(trial.calibration is None for trial in made.trials):
+            lines.append(
+                "times take the device to reach half of its peak speed: docs/planning.md has how good that is"
+            )
         verdict = {None: "", True: ", within", False: ", OVER"}[made.within_budget]
         budget = f"{verdict} the budget of {made.budget_hours:g}" if verdict else ""
         lines.append(f"{hours:.1f} GPU hours in all{budget}")
-    elif made.budget_hours is not None:
+    elif made.hours is not None:
+        lines.append(f"{made.hours:.1f} hours on the CPU in all, one trial at a time")
+    if made.gpu_hours is None and made.budget_hours is not None:
         lines.append(f"the budget of {made.budget_hours:g} GPU hours cannot be checked without times")
     return lines
-
-
-def _hours(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds / 3600:.2f}"
 
 
 def status_json(record: SweepRecord) -> Mapping[str, Any]:

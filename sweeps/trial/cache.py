@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import math
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+LIMIT_GB = 4.0
+"""Decimal GB that the files of one kind may take, unless `$SWEEPSVC_CACHE_GB` says otherwise."""
+
+_OLD_SECONDS = 86_400.0  # of a draft that nobody can be writing any more
 
 
 def cache_home() -> Path:
@@ -22,3 +29,48 @@ def only_one(path: Path) -> Iterator[None]:
     with path.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+
+
+def limit_bytes() -> tuple[float, tuple[str, ...]]:
+    """The most bytes that the files of one kind may take, and a note where the environment cannot be read."""
+    written = os.environ.get("SWEEPSVC_CACHE_GB")
+    try:
+        limit = float(written) if written else LIMIT_GB
+    except ValueError:
+        limit = math.nan
+    if limit >= 0:
+        return limit * 1e9, ()
+    said = f"SWEEPSVC_CACHE_GB must be a number of GB from 0 on, got {written!r}: {LIMIT_GB:g} is used"
+    return LIMIT_GB * 1e9, (said,)
+
+
+def used(file: Path) -> None:
+    """Remember that a file of the cache was used now; the system's own access times are rarely kept."""
+    with contextlib.suppress(OSError):  # of a cache that others fill and we only read
+        os.utime(file)
+
+
+def prune(newest: Path, limit: float) -> None:
+    """Remove least recently used files beside `newest`, of its suffix, until they take `limit` bytes at most.
+
+    `newest` stays, however large it is. A process that has a file open reads it to its end; one that comes
+    later finds none, and makes it anew. What another process removes at the same time is gone either way.
+    """
+    remembered = []
+    for file in newest.parent.iterdir():
+        with contextlib.suppress(OSError):  # gone by now
+            status = file.stat()
+            if file.name.startswith("."):
+                if status.st_mtime < time.time() - _OLD_SECONDS:  # of a process that was killed
+                    file.unlink()
+            elif file.suffix == newest.suffix:
+                remembered.append((file == newest, status.st_mtime_ns, status.st_size, file))
+    total = sum(size for _, _, size, _ in remembered)
+    for is_newest, _, size, file in sorted(remembered):
+        if total <= limit or is_newest:
+            return
+        with contextlib.suppress(OSError):  # somebody else's, in a folder that is shared
+            file.unlink(missing_ok=True)
+            total -= size
+            # Whoever waits for this lock may come to compute the same as another: which costs time alone.
+            file.with_suffix(".lock").unlink(missing_ok=True)

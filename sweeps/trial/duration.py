@@ -1,10 +1,14 @@
-"""How long a trial takes on a named device: floating-point operations, bytes that must move, and a floor.
+"""How long a trial takes: floating-point operations, bytes that must move, and a floor.
 
-Two constants are fitted, each to one run of the article on Llama-2-7B (`docs/planning.md`); all other figures
-are the device's own or counted.
+For a device of the table two constants are fitted, each to one run of the article on Llama-2-7B
+(`docs/planning.md`); all other figures are the device's own or counted. A CPU has no such figures: its pace
+is measured.
 """
 
 from __future__ import annotations
+
+import math
+from dataclasses import dataclass
 
 from sweeps.devices import Device
 from sweeps.spec import TrialSpec
@@ -23,58 +27,96 @@ BLOCK_SECONDS = 3.5e-3
 # Fitted to the article's nf4 run (10,059.53 s): the share of the bandwidth that dequantising reaches.
 DEQUANTISING_SHARE = 0.55
 
-_FORWARD_SHARE = 1 / 3  # of BLOCK_SECONDS: a backward pass launches about twice as many kernels
+_FORWARD_SHARE = 1 / 3  # of a block's seconds: a backward pass launches about twice as many kernels
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast it goes: operations, a block's kernels, the bytes that dequantising moves."""
+
+    operations_per_second: float
+    block_seconds: float
+    moved_bytes_per_second: float
+
+    @classmethod
+    def of(cls, device: Device) -> Pace:
+        """That of a device of the table."""
+        return cls(
+            operations_per_second=device.bf16_tflops * 1e12 * UTILISATION,
+            block_seconds=BLOCK_SECONDS,
+            moved_bytes_per_second=device.bandwidth_gb_per_s * 1e9 * DEQUANTISING_SHARE,
+        )
+
+    @classmethod
+    def measured(cls, operations_per_second: float) -> Pace:
+        """One in which all that a step takes is spread over its operations."""
+        return cls(operations_per_second, block_seconds=0.0, moved_bytes_per_second=math.inf)
+
+
+@dataclass(frozen=True)
+class Work:
+    """Micro-batches, or batches that are scored, and the tokens in them, padding included."""
+
+    micro_batches: float
+    tokens: float
 
 
 def training_seconds(
-    outline: Outline, spec: TrialSpec, trainable: int, device: Device, budget: int, rows: RowLengths
+    outline: Outline, spec: TrialSpec, trainable: int, pace: Pace, budget: int, rows: RowLengths
 ) -> float:
     """Of all steps under a token budget, with the held-out losses in between."""
     assert spec.train is not None
-    train = spec.train
-    micro_batches, tokens = step_shape(rows, train.batch_size, budget)
-    passes = 2 + bool(train.gradient_checkpointing)  # forward, backward, and forward again
+    work = Work(*step_shape(rows, spec.train.batch_size, budget))
+    one_step = backward_seconds(outline, spec, trainable, pace, work)
+    return spec.steps * one_step + _held_out_seconds(outline, spec, trainable, pace, budget, rows)
+
+
+def backward_seconds(outline: Outline, spec: TrialSpec, trainable: int, pace: Pace, work: Work) -> float:
+    """Of work that goes forward and backward."""
+    passes = _passes(spec)
+    one = training_operations(outline, spec, trainable, work) / pace.operations_per_second
+    one += work.micro_batches * outline.blocks * pace.block_seconds * passes / 2
+    return one + work.micro_batches * passes * _dequantising_seconds(outline, spec, pace)
+
+
+def training_operations(outline: Outline, spec: TrialSpec, trainable: int, work: Work) -> float:
+    """Floating-point operations of work that goes forward and backward."""
+    passes = _passes(spec)
     # A frozen weight costs 2 operations a token forward, 2 for its input's gradient; a trained one 2 more.
-    operations = 2 * passes * outline.linear_params + (2 * passes + 2) * trainable
-    one_step = tokens * operations / _operations_per_second(device)
-    one_step += micro_batches * outline.blocks * BLOCK_SECONDS * passes / 2
-    one_step += micro_batches * passes * _dequantising_seconds(outline, spec, device)
-    return spec.steps * one_step + _held_out_seconds(outline, spec, trainable, device, budget, rows)
+    return work.tokens * (2 * passes * outline.linear_params + (2 * passes + 2) * trainable)
+
+
+def _passes(spec: TrialSpec) -> int:
+    """Forward, backward, and forward again where activations are recomputed."""
+    assert spec.train is not None
+    return 2 + bool(spec.train.gradient_checkpointing)
 
 
 def _held_out_seconds(
-    outline: Outline, spec: TrialSpec, trainable: int, device: Device, budget: int, rows: RowLengths
+    outline: Outline, spec: TrialSpec, trainable: int, pace: Pace, budget: int, rows: RowLengths
 ) -> float:
     assert spec.train is not None
     count = min(spec.train.eval_rows, round(spec.data.held_out * rows.rows))
     if not count:
         return 0.0
     evaluations = -(-spec.steps // spec.train.eval_every) if spec.train.eval_every else 1
-    micro_batches, tokens = step_shape(rows, count, budget)
-    return evaluations * _forward_seconds(outline, spec, trainable, device, micro_batches, tokens)
+    work = Work(*step_shape(rows, count, budget))
+    return evaluations * forward_seconds(outline, spec, trainable, pace, work)
 
 
-def scoring_seconds(
-    outline: Outline, spec: TrialSpec, trainable: int, device: Device, asked: Scoring
-) -> float:
+def scoring_seconds(outline: Outline, spec: TrialSpec, trainable: int, pace: Pace, asked: Scoring) -> float:
     """Of the benchmarks: every request is one row that goes forward in full, in batches of rows alike."""
-    batches = asked.requests / spec.evaluate.batch_size
-    return _forward_seconds(outline, spec, trainable, device, batches, asked.tokens)
+    work = Work(asked.requests / spec.evaluate.batch_size, asked.tokens)
+    return forward_seconds(outline, spec, trainable, pace, work)
 
 
-def _forward_seconds(
-    outline: Outline, spec: TrialSpec, trainable: int, device: Device, batches: float, tokens: float
-) -> float:
-    computing = tokens * 2 * (outline.linear_params + trainable) / _operations_per_second(device)
-    launching = batches * outline.blocks * BLOCK_SECONDS * _FORWARD_SHARE
-    return computing + launching + batches * _dequantising_seconds(outline, spec, device)
+def forward_seconds(outline: Outline, spec: TrialSpec, trainable: int, pace: Pace, work: Work) -> float:
+    """Of work that only goes forward."""
+    computing = work.tokens * 2 * (outline.linear_params + trainable) / pace.operations_per_second
+    launching = work.micro_batches * outline.blocks * pace.block_seconds * _FORWARD_SHARE
+    return computing + launching + work.micro_batches * _dequantising_seconds(outline, spec, pace)
 
 
-def _operations_per_second(device: Device) -> float:
-    return device.bf16_tflops * 1e12 * UTILISATION
-
-
-def _dequantising_seconds(outline: Outline, spec: TrialSpec, device: Device) -> float:
+def _dequantising_seconds(outline: Outline, spec: TrialSpec, pace: Pace) -> float:
     """Of every 4-bit weight once: read packed, written in 16 bits, and read again by the product."""
-    moved = four_bit_params(outline, spec) * (0.5 + 2 + 2)
-    return moved / (device.bandwidth_gb_per_s * 1e9 * DEQUANTISING_SHARE)
+    return four_bit_params(outline, spec) * (0.5 + 2 + 2) / pace.moved_bytes_per_second

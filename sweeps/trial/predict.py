@@ -9,7 +9,8 @@ import torch
 from sweeps.devices import Device
 from sweeps.spec import TrialSpec
 from sweeps.trial.budget import budget_in, bytes_per_token, tokens_needed, tokens_that_fit
-from sweeps.trial.duration import scoring_seconds, training_seconds
+from sweeps.trial.calibration import Calibration
+from sweeps.trial.duration import Pace, scoring_seconds, training_seconds
 from sweeps.trial.estimate import outline, trainable_params
 from sweeps.trial.lengths import RowLengths, row_lengths, scoring
 from sweeps.trial.memory import Memory, Widths, base_bytes, scoring_memory, training_memory, widths
@@ -50,9 +51,12 @@ class Prediction:
         return sum(known) if known else None
 
 
-def predict(spec: TrialSpec, device: Device | None, on_cpu: bool = False) -> Prediction:
+def predict(
+    spec: TrialSpec, device: Device | None, on_cpu: bool = False, calibration: Calibration | None = None
+) -> Prediction:
     """Memory on whatever it is, and whether it fits and how long it takes on `device`.
 
+    A `calibration` corrects all of it, and tells how long it takes on the CPU that it was measured on.
     Raises `BadModel` if the architecture cannot be known here, `BadData` for a data file that cannot be read.
     """
     shapes = outline(spec.model)
@@ -64,22 +68,23 @@ def predict(spec: TrialSpec, device: Device | None, on_cpu: bool = False) -> Pre
     peak = scoring_memory(shapes, spec, width, spec.evaluate.batch_size * longest_scored)
     notes = ["on a CPU the process's own memory comes on top"] if on_cpu else []
     notes += [f"no time of evaluation: nobody counted the rows of {', '.join(unknown)}"] if unknown else []
-    timed = device if width.model == 2 else None
-    if device is not None and timed is None:
+    pace, factors = _pace(device, width, calibration), _Factors.of(calibration)
+    if device is not None and pace is None:
         notes.append("no times for float32: the table of devices knows their speed in bfloat16")
     least, budget, train_seconds = peak, None, None
     if spec.train is not None:
         rows = row_lengths(spec.data)
-        budget = _budget(shapes, spec, width, trainable, device, rows, on_cpu)
+        budget = _budget(shapes, spec, width, trainable, device, rows, on_cpu, factors.memory)
         peak = _higher(peak, _peak(shapes, spec, width, budget, rows))
         least = _higher(least, _peak(shapes, spec, width, rows.longest, rows))
         notes += [rows.source] if rows.source else []
-        if timed is not None:
-            train_seconds = training_seconds(shapes, spec, trainable, timed, budget, rows)
+        if pace is not None:
+            train_seconds = training_seconds(shapes, spec, trainable, pace, budget, rows) * factors.time
         elif device is None and not on_cpu and spec.train.token_budget == "auto":
             notes.append(
                 "memory is told for micro-batches of one row: the token budget depends on the device"
             )
+    notes += [calibration.note] if calibration is not None else []
     least_bytes = least.total
     if spec.train is not None and spec.evaluate.weights == "merged":
         copy = scoring_memory(
@@ -87,17 +92,49 @@ def predict(spec: TrialSpec, device: Device | None, on_cpu: bool = False) -> Pre
         ).total
         least_bytes = max(least_bytes, base_bytes(shapes, spec, width) + copy)
         notes.append(f"scored in an unquantised copy, which takes {copy / 1e9:.1f} GB beside the base")
-    is_timed = timed is not None and not unknown
+    eval_seconds = None
+    if pace is not None and not unknown:
+        eval_seconds = scoring_seconds(shapes, spec, trainable, pace, asked) * factors.eval_time
+    least_bytes *= factors.memory
     return Prediction(
         trainable_params=trainable,
-        memory=peak,
+        memory=_times(peak, factors.memory),
         least_gb=least_bytes / 1e9,
         token_budget=budget,
         fits=least_bytes <= device.usable_bytes if device is not None else None,
         train_seconds=train_seconds,
-        eval_seconds=scoring_seconds(shapes, spec, trainable, timed, asked) if timed and is_timed else None,
+        eval_seconds=eval_seconds,
         notes=tuple(notes),
     )
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """Measured over predicted; 1 for what was not measured."""
+
+    time: float
+    eval_time: float
+    memory: float
+
+    @classmethod
+    def of(cls, calibration: Calibration | None) -> _Factors:
+        if calibration is None:
+            return cls(1.0, 1.0, 1.0)
+        return cls(
+            calibration.time_factor or 1.0, calibration.eval_time_factor, calibration.memory_factor or 1.0
+        )
+
+
+def _pace(device: Device | None, width: Widths, calibration: Calibration | None) -> Pace | None:
+    """Of a device as the table has it, in 16 bits alone; of a CPU as it was measured."""
+    if device is not None:
+        return Pace.of(device) if width.model == 2 else None
+    return calibration.pace if calibration is not None else None
+
+
+def _times(memory: Memory, factor: float) -> Memory:
+    """Every part of it: which of them a measured peak differs in is not known."""
+    return Memory(**{name: size * factor for name, size in memory.parts().items()})
 
 
 def _higher(one: Memory, other: Memory) -> Memory:
@@ -119,6 +156,7 @@ def _budget(
     device: Device | None,
     rows: RowLengths,
     on_cpu: bool,
+    memory_factor: float,
 ) -> int:
     """The token budget that the trial would end with on the device; one row at a time if none is named.
 
@@ -133,7 +171,7 @@ def _budget(
         cost = bytes_per_token(shapes.config, _dtype(width), bool(spec.train.gradient_checkpointing))
         budget = budget_in(_free_bytes(shapes, spec, width, trainable, device), cost, on_cpu=on_cpu)
     while device is not None and budget > rows.longest:
-        if _peak(shapes, spec, width, budget, rows).total <= device.usable_bytes:
+        if _peak(shapes, spec, width, budget, rows).total * memory_factor <= device.usable_bytes:
             break
         budget = max(rows.longest, budget // 2)
     return budget

@@ -1,7 +1,7 @@
 """Token rows, kept by the content that they were made of: each distinct set is tokenised once on a machine.
 
 A file of the cache is safetensors: nothing is unpickled. It carries a checksum of all that is in it; one that
-does not hold is made anew.
+does not hold is made anew. Whenever one is written, those that were used longest ago make room for it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors import numpy as safetensors
 
 from sweeps.spec import DataSpec
-from sweeps.trial.cache import cache_home, only_one
+from sweeps.trial.cache import cache_home, limit_bytes, only_one, prune, used
 from sweeps.trial.data import Row, TokenData, Tokenizer, TokenRow, arrange, encode, read_rows
 from sweeps.trial.paths import remove, write_whole
 
@@ -66,6 +66,9 @@ def encoded_once(
             for draft in file.parent.glob(f".{file.name}.*"):  # of a process that was killed
                 remove(draft)
             write_whole(file, _written(encoded, digest))
+            limit, said = limit_bytes()
+            trouble = (*trouble, *(f"tokens: {one}" for one in said))
+            prune(file, limit)
         except OSError as error:
             trouble = (*trouble, _not_kept(file, error))
         return encoded, trouble
@@ -114,7 +117,9 @@ def _written(rows: Sequence[TokenRow], digest: str) -> bytes:
 def _kept(file: Path, digest: str, count: int) -> tuple[list[TokenRow] | None, tuple[str, ...]]:
     """The rows in `file`; None where there is none, or with a note where it is damaged."""
     try:
-        return _read(file.read_bytes(), digest, count), ()
+        rows = _read(file.read_bytes(), digest, count)
+        used(file)
+        return rows, ()
     except OSError:  # there is none; or, if it cannot be read, it is replaced
         return None, ()
     except (SafetensorError, KeyError, ValueError) as error:

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import functools
 import io
+import itertools
 import re
 from html.parser import HTMLParser
 from typing import Any
@@ -15,11 +16,11 @@ import pytest
 from sweeps.result import Failure
 from sweepsvc import page_charts
 from sweepsvc.page import as_page
-from sweepsvc.page_charts import charts
+from sweepsvc.page_charts import MARKERS, SERIES, charts, joint_charts
 from sweepsvc.page_html import Html, element
 from sweepsvc.protocols import Importance, TrialRecord
 from sweepsvc.report import build
-from sweepsvc.report_compare import compared
+from sweepsvc.report_compare import Comparison, compared
 from sweepsvc.report_text import as_csv, as_markdown
 from sweepsvc.report_words import Cell, SweepReport
 from tests.sweepsvc.reported import demo_trials, ended, evidence_of, losses, proposal, record_of, report_of
@@ -287,3 +288,65 @@ def test_sweeps_side_by_side_name_both() -> None:
     page = page_of(report_of(), report_of([], sweep_id="other-1"))
     assert "demo-1 beside other-1" in page.text
     assert "Settings that differ" in page.text
+
+
+def lora_beside_qlora() -> Comparison:
+    """Two sweeps of four trials: ranks 8 and 32, alpha 1 and 2*r."""
+    made = []
+    for sweep_id, lift in (("lora-1", 0.3), ("qlora-1", 0.2)):
+        trials = [
+            ended(proposal(i, r, alpha), "completed", facts=lift + i / 10)
+            for i, (r, alpha) in enumerate([(8, 1.0), (8, 16.0), (32, 1.0), (32, 64.0)])
+        ]
+        trials.append(ended(proposal(4, 64), "failed", facts=0.99))
+        made.append(build(record_of(trials, sweep_id=sweep_id), sweep_of("sampler: grid"), evidence_of()))
+    return compared(made)
+
+
+def test_sweeps_are_drawn_together_and_told_apart_by_colour_and_shape() -> None:
+    memory, ratio, losses_of_both = joint_charts(lora_beside_qlora())
+    for chart in (memory, ratio, losses_of_both):
+        assert ">lora-1<" in chart.svg
+        assert ">qlora-1<" in chart.svg
+        assert "var(--series-1)" in chart.svg
+        assert "var(--series-2)" in chart.svg
+        assert "var(--series-3)" not in chart.svg
+        assert not re.search("#0[1-4]0", chart.svg)  # no stand-in colour is left
+    assert len(MARKERS) == len(set(MARKERS)) == len(SERIES)
+    assert "lora-1: score.mean of 4 trials. trial 0: 1, 0.300" in memory.alt
+    assert "0.990" not in memory.alt  # the failed trial is in no picture of scores
+    assert ratio.svg.count(">r=8<") == ratio.svg.count(">r=32<") == 1  # both sweeps' lines begin there
+    assert "qlora-1, trial 1" not in losses_of_both.alt
+    assert "lora-1, trial 3" not in losses_of_both.alt  # the best has no loss that was heard
+
+
+def test_the_page_of_several_sweeps_has_their_pictures_and_each_id_once() -> None:
+    page = page_of(*lora_beside_qlora().reports)
+    assert page.tags.count("figure") == page.tags.count("svg") == 3
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_scores_that_are_not_the_same_number_are_not_drawn_on_one_axis() -> None:
+    several = ended(proposal(0), "completed", facts=0.5, rivers=0.6)
+    other = report_of([several], sweep_id="other-1")
+    memory, ratio, _ = joint_charts(compared([report_of(), other]))
+    assert memory.why_not == ratio.why_not == "the mean scores are over different benchmarks"
+    by_loss = report_of(sweep_id="other-1", objective_metric="train.loss", maximize=False)
+    memory, _, _ = joint_charts(compared([report_of(), by_loss]))
+    assert memory.why_not == "the sweeps are told by different numbers: score.mean, train.loss"
+    memory, _, heard = joint_charts(compared([report_of(), report_of([], sweep_id="other-1")]))
+    assert memory.why_not == "fewer than two of the sweeps have a completed trial to draw"
+    assert heard.why_not == "fewer than two of the sweeps have a trial whose loss was heard"
+
+
+def test_ranks_that_begin_at_one_place_stand_below_each_other() -> None:
+    trials = [
+        ended(proposal(i, r, 2.0 * r * (1 + i % 2)), "completed", facts=0.5)
+        for i, r in enumerate([8, 8, 32, 32, 64, 64])
+    ]
+    reports = [report_of(trials, sweep_id=name) for name in ("one-1", "two-1")]
+    svg = joint_charts(compared(reports))[1].svg
+    heights = re.findall(r'y="([\d.-]+)"[^>]*>r=\d+<', svg)
+    tops = sorted(map(float, heights))
+    assert len(tops) == 3
+    assert all(low - high > 7 for high, low in itertools.pairwise(tops))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,13 @@ import pytest
 from rich.console import Console
 
 from sweeps.devices import Device
+from sweeps.errors import OutOfMemory
 from sweeps.spec import TrialSpec
 from sweeps.sweep import Sweep
 from sweeps.sweepfile import load_sweep_text
+from sweeps.trial.calibration import Calibration, cpu_title
 from sweeps.trial.memory import Memory
-from sweeps.trial.predict import Prediction
+from sweeps.trial.predict import Prediction, predict
 from sweepsvc import plan as planning
 from sweepsvc.view import plan_lines, plan_table
 
@@ -25,7 +28,9 @@ def sweep(search: str, tmp_path: Path) -> Sweep:
     return load_sweep_text(HEAD + search, "demo.yaml", (), tmp_path)
 
 
-def foretold(spec: TrialSpec, device: Device | None, on_cpu: bool = False) -> Prediction:
+def foretold(
+    spec: TrialSpec, device: Device | None, on_cpu: bool = False, calibration: Calibration | None = None
+) -> Prediction:
     """An hour of training for each unit of rank, half an hour of evaluation, a GB for each unit of rank."""
     trains = spec.train is not None
     return Prediction(
@@ -179,7 +184,156 @@ def test_the_json_has_the_stable_names(tmp_path: Path) -> None:
     assert told["total"] == {
         "trials": 2,
         "baselines": 1,
+        "hours": 13.5,
         "gpu_hours": 13.5,
         "budget_gpu_hours": 20.0,
         "within_budget": True,
     }
+
+
+# --- what was measured ------------------------------------------------------------------------------
+
+L4_SWEEP = GRID + "resources: {gpus: 1}\n"
+CPU_SWEEP = GRID + "resources: {gpus: 0, cpus: 3}\n"
+
+
+@pytest.fixture
+def measured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[int, str, int | None]]:
+    """What was measured: rank, device and threads. An L4 is here; it takes twice the time and memory."""
+    calls: list[tuple[int, str, int | None]] = []
+
+    def calibrate(spec: TrialSpec, device: Device | None, threads: int | None = None) -> Calibration:
+        calls.append((spec.lora.r, device.name if device else "cpu", threads))
+        if device is None:
+            return Calibration(
+                device=cpu_title(threads or 0),
+                measured_on="2026-11-25",
+                eval_time_factor=0.5,
+                operations_per_second=1e12,
+            )
+        return Calibration(
+            device="NVIDIA L4",
+            measured_on="2026-11-25",
+            time_factor=2.0,
+            eval_time_factor=3.0,
+            memory_factor=2.0,
+        )
+
+    monkeypatch.setattr("sweeps.trial.predict.predict", predict)
+    monkeypatch.setattr("sweeps.trial.calibrate.calibrate", calibrate)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA L4")
+    monkeypatch.setenv("SWEEPSVC_CACHE", str(tmp_path / "cache"))
+    return calls
+
+
+def test_a_calibration_corrects_times_memory_and_what_fits_and_is_kept_for_later_plans(
+    tmp_path: Path, measured: list[Any]
+) -> None:
+    grid = sweep(L4_SWEEP, tmp_path)
+    before = planning.plan(grid)
+    assert before.calibration is None
+    assert before.device_note.endswith("--calibrate measures a few steps here, and the plan goes by them")
+    assert measured == []
+    made = planning.plan(grid, calibrating=True)
+    assert measured == [(8, "l4", None)]  # the largest
+    for one, other in zip(before.trials, made.trials, strict=True):
+        assert other.prediction.least_gb == pytest.approx(2 * one.prediction.least_gb)
+        assert (one.prediction.fits, other.prediction.fits) == (True, False)
+    note = (
+        "times x2.00 in training and x3.00 in evaluation, memory x2.00: measured on NVIDIA L4 on 2026-11-25"
+    )
+    assert note in plan_lines(made)
+    assert "--calibrate" not in made.device_note
+    assert not any("half of its peak speed" in line for line in plan_lines(made))
+    later = planning.plan(grid)
+    assert len(measured) == 1
+    assert planning.plan_json(later) == planning.plan_json(made)
+    told: Any = planning.plan_json(later)["calibration"]
+    assert (told["time_factor"], told["memory_factor"], told["measured_on"]) == (2.0, 2.0, "2026-11-25")
+
+
+def test_another_model_or_device_is_not_corrected(tmp_path: Path, measured: list[Any]) -> None:
+    planning.plan(sweep(L4_SWEEP, tmp_path), calibrating=True)
+    other = sweep(L4_SWEEP.replace("lora.r: [4, 8]", "model.quantization: [nf4, none]"), tmp_path)
+    made = planning.plan(other)
+    assert [trial.calibration is None for trial in made.trials] == [False, True]
+    assert made.calibration is None
+    assert "half of its peak speed" in "\n".join(plan_lines(made))
+    assert planning.plan_json(planning.plan(other, "a100-40gb"))["calibration"] is None
+
+
+def test_each_model_of_a_sweep_is_measured_with_its_own_largest_trial(
+    tmp_path: Path, measured: list[Any]
+) -> None:
+    space = "{model.id: [meta-llama/Llama-3.2-1B, meta-llama/Llama-2-7b-hf], lora.r: [4, 8]}"
+    made = planning.plan(sweep(f"  {{sampler: grid, space: {space}}}\n", tmp_path), calibrating=True)
+    assert [rank for rank, _, _ in measured] == [8, 8]
+    assert made.calibration is not None
+
+
+@pytest.mark.parametrize(
+    ("device", "here", "why"),
+    [
+        ("h100", "NVIDIA L4", "not calibrated: the plan is for .*H100.*, and the GPU here is NVIDIA L4"),
+        ("h100", None, "not calibrated: no GPU is here"),
+        (None, "NVIDIA Nothing", "not calibrated: a device must be known whose times are corrected"),
+    ],
+)
+def test_what_cannot_be_measured_here_is_said_and_the_plan_stays_uncorrected(
+    tmp_path: Path,
+    measured: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    device: str | None,
+    here: str | None,
+    why: str,
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: here is not None)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: here)
+    made = planning.plan(sweep(GRID, tmp_path), device, calibrating=True)
+    assert re.match(why, made.calibration_notes[0])
+    assert made.calibration_notes[0] in plan_lines(made)
+    assert planning.plan_json(made)["calibration"] is None
+    assert measured == []
+
+
+def test_trouble_in_measuring_leaves_the_plan_uncorrected(
+    tmp_path: Path, measured: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> Calibration:
+        raise OutOfMemory("the base must fit on cuda:0 to be measured, and did not")
+
+    monkeypatch.setattr("sweeps.trial.calibrate.calibrate", full)
+    grid = sweep(L4_SWEEP, tmp_path)
+    made = planning.plan(grid, calibrating=True)
+    why = "the base must fit on cuda:0 to be measured, and did not"
+    assert made.calibration_notes == [f"not calibrated with meta-llama/Llama-2-7b-hf: {why}"]
+    assert [trial.prediction for trial in made.trials] == [
+        one.prediction for one in planning.plan(grid).trials
+    ]
+    too_large = sweep(L4_SWEEP.replace("lora.r: [4, 8]", "model.id: [meta-llama/Llama-2-70b-hf]"), tmp_path)
+    assert "a trial must fit on the device" in planning.plan(too_large, calibrating=True).calibration_notes[0]
+    (tmp_path / "cache").mkdir(exist_ok=True)
+    (tmp_path / "cache/calibrations.json").write_text("{")
+    damaged = planning.plan(grid)
+    assert "calibrations.json" in damaged.calibration_notes[0]
+    assert damaged.calibration is None
+
+
+def test_a_measured_cpu_has_minutes_and_no_gpu_hours(tmp_path: Path, measured: list[Any]) -> None:
+    grid = sweep(CPU_SWEEP, tmp_path)
+    assert planning.plan(grid).hours is None
+    made = planning.plan(grid, calibrating=True)
+    assert measured == [(8, "cpu", 3)]
+    told: Any = planning.plan_json(made)
+    operations = [one["predicted"]["train_seconds"] * 1e12 for one in told["trials"]]
+    # 50,000 rows of 132 tokens in the mean, 4 operations for each of 6.6e9 weights, and some padding
+    assert 1.74e17 < operations[0] < operations[1] < 2.3e17
+    assert (told["calibration"]["time_factor"], told["calibration"]["memory_factor"]) == (None, None)
+    assert made.device_note.startswith("on the CPU, as measured; --device NAME")
+    assert told["total"]["gpu_hours"] is None
+    assert told["total"]["hours"] == made.hours
+    text = shown(made)
+    assert "train min" in text
+    assert "fits" not in text
+    assert any(line.endswith("hours on the CPU in all, one trial at a time") for line in plan_lines(made))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 
 import pytest
+from scipy.stats import t
 
 from sweeps.spec import TrialSpec
 from sweepsvc.protocols import Proposal
 from sweepsvc.report import build
 from sweepsvc.report_compare import compared
-from sweepsvc.report_text import legend, summary
+from sweepsvc.report_documents import Documents
+from sweepsvc.report_text import as_csv, legend, score_text, summary
 from sweepsvc.report_views import HeatMap, curves, heat_map
 from sweepsvc.report_words import Row, SweepReport
 from tests.sweepsvc.reported import (
@@ -198,6 +200,62 @@ def test_what_cannot_be_told_from_the_best_is_named() -> None:
     assert made.near_best == ("2",)
     assert summary(made).endswith("trial 1 (lora.r 32, lora.alpha 16). Within noise of it, trials 2.")
     assert report_of(trials).near_best == ()  # nothing is known of the documents of trial 2
+
+
+def answers_of(*means: tuple[str, list[int], list[int]]) -> dict[str, dict[str, Documents]]:
+    """Each trial's answers to two benchmarks of four and three documents."""
+    return {
+        key: {
+            "facts": Documents(tuple(f"facts/f{i}" for i in range(4)), tuple(map(float, facts))),
+            "rivers": Documents(tuple(f"rivers/r{i}" for i in range(3)), tuple(map(float, rivers))),
+        }
+        for key, facts, rivers in means
+    }
+
+
+def two_benchmarks(sweep_id: str = "demo-1", known: bool = True) -> SweepReport:
+    found = answers_of(
+        ("baseline", [0, 0, 0, 0], [0, 0, 0]), ("0", [1, 0, 1, 0], [0, 0, 1]), ("1", [1, 1, 1, 0], [1, 1, 1])
+    )
+    scores = {
+        key: {task: sum(one.scores) / len(one.scores) for task, one in tasks.items()}
+        for key, tasks in found.items()
+    }
+    trials = [ended(proposal(i, 8 * (i + 1)), "completed", **scores[str(i)]) for i in range(2)]
+    base = ended(proposal(None), "completed", **scores["baseline"])
+    evidence = evidence_of(documents=found if known else {})
+    return build(record_of(trials, baselines=[base], sweep_id=sweep_id), sweep_of("sampler: grid"), evidence)
+
+
+def test_the_mean_of_several_benchmarks_has_a_mark_too_where_the_documents_are_the_same() -> None:
+    made = two_benchmarks()
+    first = row(made, "0")
+    assert first.mean_difference == pytest.approx(5 / 12)
+    assert first.mean_paired is not None
+    assert first.mean_paired.p_value == pytest.approx(2 * t.sf(5 / 7**0.5, df=5))
+    assert score_text(first.mean_cell) == "0.417 (+0.417 ≈)"
+    assert score_text(row(made, "1").mean_cell) == "0.875 (+0.875)"
+    assert "paired t of means" in made.tests
+    assert made.near_best == ("0",)
+    assert f",{first.mean_paired.p_value!r}," in as_csv(compared([made]))
+
+
+def test_a_mean_whose_documents_nobody_knows_has_no_mark_and_no_reason_of_its_own() -> None:
+    first = row(two_benchmarks(known=False), "0")
+    assert first.mean_paired is None
+    assert "no evaluation.json" in first.mean_untested
+    cells = two_benchmarks(known=False).untested
+    assert not [name for names in cells.values() for name in names if name.endswith("mean")]
+
+
+def test_means_stand_side_by_side_where_the_sweeps_have_the_same_benchmarks() -> None:
+    made = compared([two_benchmarks(), two_benchmarks("other-1")])
+    assert made.columns == ("facts", "rivers", "score.mean")
+    sides = made.matched[1].sides
+    cell = sides[1]["score.mean"].cell
+    assert cell is not None
+    assert (cell.difference, cell.within_noise) == (0.0, True)
+    assert compared([two_benchmarks(), report_of()]).columns == ("facts", "rivers")
 
 
 def test_a_sweep_without_a_completed_trial_says_so() -> None:

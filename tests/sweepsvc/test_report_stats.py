@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
-from scipy.stats import binomtest, ttest_rel
+from scipy.stats import binomtest, t, ttest_rel
 
-from sweepsvc.report_stats import Spread, front, paired_test
+from sweepsvc.report_stats import Spread, front, paired_means, paired_test
 
 
 def test_mcnemar_counts_only_the_documents_that_differ() -> None:
@@ -53,6 +53,42 @@ def test_the_same_gap_everywhere_is_no_division_by_zero() -> None:
 def test_other_documents_are_refused() -> None:
     with pytest.raises(ValueError, match="the same documents are needed, got 2 and 1"):
         paired_test([1.0, 0.0], [1.0])
+
+
+def by_document(prefix: str, *gaps: float) -> dict[str, list[float]]:
+    return {f"{prefix}{i}": [gap] for i, gap in enumerate(gaps)}
+
+
+def test_a_difference_of_means_over_benchmarks_is_as_sure_as_their_documents_make_it() -> None:
+    """By hand: means 1/2 and 1/3, variances of the means (1/3) / 4 and (1/3) / 3, so that the difference of
+    5/12 has the standard error sqrt(1/12 + 1/9) / 2 = sqrt(7) / 12."""
+    tested = paired_means([by_document("a", 1, 0, 1, 0), by_document("b", 0, 0, 1)])
+    assert tested is not None
+    assert tested.p_value == pytest.approx(2 * t.sf(5 / 7**0.5, df=7 - 2))
+    assert (tested.test, tested.documents, tested.differing) == ("paired t of means", 7, 3)
+
+
+def test_documents_that_benchmarks_share_are_counted_once() -> None:
+    gaps = (0.3, -0.1, 0.2, 0.4, 0.0)
+    one = paired_means([by_document("a", *gaps)])
+    twice = paired_means([by_document("a", *gaps), by_document("a", *gaps)])
+    apart = paired_means([by_document("a", *gaps), by_document("b", *gaps)])
+    assert one is not None
+    assert twice is not None
+    assert apart is not None
+    assert one.p_value == pytest.approx(ttest_rel(gaps, [0.0] * 5).pvalue)
+    assert apart.p_value < one.p_value < twice.p_value  # one degree of freedom is left out for the second
+    assert (twice.documents, apart.documents) == (5, 10)
+
+
+def test_means_of_equal_answers_are_noise_and_of_one_document_are_not_tested() -> None:
+    equal = paired_means([by_document("a", 0, 0, 0), by_document("b", 0, 0)])
+    assert equal is not None
+    assert equal.p_value == 1.0
+    same = paired_means([by_document("a", 0.5, 0.5), by_document("b", 0.5, 0.5)])
+    assert same is not None
+    assert same.p_value == 2.0**-3
+    assert paired_means([by_document("a", 1, 0), by_document("b", 1)]) is None
 
 
 def test_the_spread_of_one_has_no_deviation_and_of_none_is_none() -> None:

@@ -233,3 +233,84 @@ def test_of_processes_that_need_the_same_at_once_one_makes_it_and_all_have_it(
     digest = tokenize(read_rows(spec), spec, Letters()).digest
     assert sorted(said) == [[digest], [digest], ["made", digest]]
     assert len(files(cache)) == 1
+
+
+# --- how much is kept -------------------------------------------------------------------------------
+
+
+def kept_one_after_another(path: Path, cache: Path, names: str) -> dict[str, Path]:
+    """A set of rows for each letter, made in that order; their files."""
+    made: dict[str, Path] = {}
+    for age, letter in enumerate(names):
+        before = set(files(cache))
+        tokencache.prepare(DataSpec(path=str(path), prompt=letter + "{instruction}"), make_tokenizer())
+        for file in set(files(cache)) - before:
+            made[letter] = file
+            moment = 1_000_000_000 * (1_000 + age)  # clocks of file systems are coarse
+            os.utime(file, ns=(moment, moment))
+    return made
+
+
+def test_the_least_recently_used_make_room_for_what_is_new(
+    alpaca_rows_file: Path, cache: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = kept_one_after_another(alpaca_rows_file, cache, "abc")
+    size = max(file.stat().st_size for file in made.values())
+    monkeypatch.setenv("SWEEPSVC_CACHE_GB", str(3.5 * size / 1e9))
+    spec = DataSpec(path=str(alpaca_rows_file), prompt="a{instruction}")
+    tokencache.prepare(spec, make_tokenizer())  # used, and so younger than b and c
+    assert len(encoded) == 3
+    made |= kept_one_after_another(alpaca_rows_file, cache, "d")
+    assert {letter for letter, file in made.items() if file.exists()} == {"a", "c", "d"}
+    assert not made["b"].with_suffix(".lock").exists()
+    _, notes = tokencache.prepare(
+        DataSpec(path=str(alpaca_rows_file), prompt="b{instruction}"), make_tokenizer()
+    )
+    assert len(encoded) == 5  # made anew, and nothing is said of it
+    assert len(notes) == 1
+
+
+def test_what_was_just_made_stays_however_small_the_limit_is(
+    alpaca_rows_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWEEPSVC_CACHE_GB", "0")
+    made = kept_one_after_another(alpaca_rows_file, cache, "ab")
+    assert files(cache) == [made["b"]]
+
+
+def test_a_file_that_is_open_is_read_to_its_end_though_it_is_removed(
+    alpaca_rows_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = kept_one_after_another(alpaca_rows_file, cache, "a")["a"]
+    whole = first.read_bytes()
+    monkeypatch.setenv("SWEEPSVC_CACHE_GB", "0")
+    with first.open("rb") as reading:
+        head = reading.read(10)
+        kept_one_after_another(alpaca_rows_file, cache, "b")
+        assert not first.exists()
+        assert head + reading.read() == whole
+
+
+def test_what_a_killed_process_began_goes_after_a_day_and_what_is_being_written_stays(
+    alpaca_rows_file: Path, cache: Path
+) -> None:
+    kept_one_after_another(alpaca_rows_file, cache, "a")
+    old, young = cache / ".x.safetensors.1", cache / ".y.safetensors.2"
+    for draft in (old, young):
+        draft.touch()
+    os.utime(old, (1, 1))
+    kept_one_after_another(alpaca_rows_file, cache, "b")
+    assert (old.exists(), young.exists()) == (False, True)
+
+
+@pytest.mark.parametrize("written", ["much", "-1", "nan"])
+def test_a_limit_that_cannot_be_read_is_said_and_the_default_holds(
+    written: str, alpaca_rows_file: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SWEEPSVC_CACHE_GB", written)
+    kept_one_after_another(alpaca_rows_file, cache, "a")
+    _, notes = tokencache.prepare(
+        DataSpec(path=str(alpaca_rows_file), prompt="b{instruction}"), make_tokenizer()
+    )
+    assert f"got {written!r}: 4 is used" in notes[1]
+    assert len(files(cache)) == 2
