@@ -16,6 +16,7 @@ import torch
 from sweeps.errors import BadModel
 from sweeps.spec import LoraSpec
 from sweeps.trial.base import Base
+from sweeps.trial.lora import make_lean
 from sweeps.trial.paths import whole_folder
 from sweeps.trial.targets import Layers, announce, lora_params, magnitude_params, match, refuse_rank
 
@@ -172,6 +173,10 @@ class Adapter:
                 parameter.data = parameter.data.to(self.dtype)
         if self.lora.dora:
             self._set_lengths()
+        else:
+            for name, layer in _lora_layers(self.model):
+                if name in self._layers:
+                    make_lean(layer)
         self.model.eval()  # new layers are born in training mode
 
     def _set_lengths(self) -> None:

@@ -21,6 +21,7 @@ from transformers.utils import logging as transformers_logging
 from sweeps.errors import BadModel
 from sweeps.spec import ModelSpec, OptimizerSpec
 from sweeps.trial import gguf
+from sweeps.trial.kernels import use_liger
 from sweeps.trial.source import (
     FolderModel,
     GgufModel,
@@ -106,6 +107,7 @@ def load_base(spec: ModelSpec, device: torch.device | None = None) -> Base:
         f"dtype {_name(dtype)}: {_why_dtype(spec, device)}",
         f"attention {model.config._attn_implementation}: {why}",
         _quantization_note(model, spec, layers),
+        *use_liger(model, device),
     )
     return Base(model, tokenizer, spec, device, dtype, layers, notes, time.perf_counter() - started)
 

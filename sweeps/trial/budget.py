@@ -1,83 +1,118 @@
-"""How many tokens one micro-batch may hold, when the sweep file leaves it to us."""
+"""How many tokens one micro-batch may hold, and whether activations are recomputed, where the file leaves it
+to us: `choose`, for the trial itself and for a plan of it."""
 
 from __future__ import annotations
 
-from typing import Any
+import bisect
+from dataclasses import dataclass
 
 import psutil
 import torch
 
-from sweeps.spec import TrainSpec
+from sweeps.spec import TrialSpec
+from sweeps.trial.memory import Widths, training_memory
+from sweeps.trial.outline import Outline
 
 _FLOOR = 256
 _CPU_CEILING = 2048  # more tokens at once are no faster on a CPU: they only leave its caches
-_SHARE_OF_FREE = 0.8
+_SHARE_OF_FREE = 0.9  # the rest is for what is not counted, and for fragments
+_MOST = 1 << 20
 
 
-def bytes_per_token(config: Any, dtype: torch.dtype, checkpointing: bool) -> int:
-    """Activation bytes that one token costs in a training step.
+@dataclass(frozen=True)
+class Choice:
+    """The most tokens of a micro-batch, padding included; whether the backward pass computes activations
+    again; and the sentences that announce what was chosen."""
 
-    34 bytes x hidden size a layer at 16 bits, attention scores not stored (Korthikanti et al. 2022,
-    "Reducing Activation Recomputation", eq. 2), or the layer's input alone under checkpointing; and the
-    logits with their float32 copy, log-softmax and gradient.
+    token_budget: int
+    recomputes: bool
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a step may take: bytes free beside the base and the adapter, on a CPU or on an accelerator."""
+
+    free_bytes: float
+    on_cpu: bool
+
+    @classmethod
+    def on(cls, device: torch.device) -> Room:
+        """What is free now."""
+        if device.type == "cuda":
+            free = torch.cuda.mem_get_info(device)[0]
+            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+            return cls(free + unused, on_cpu=False)
+        return cls(psutil.virtual_memory().available, on_cpu=True)
+
+    def __str__(self) -> str:
+        return f"{self.free_bytes / 1e9:.1f} GB free on {'cpu' if self.on_cpu else 'cuda'}"
+
+
+def choose(outline: Outline, spec: TrialSpec, width: Widths, longest: int, room: Room) -> Choice:
+    """What `auto` makes of the free memory; `longest` is the longest row in tokens.
+
+    Recomputing costs a third more time, so `auto` does it only where the longest row would not fit otherwise,
+    or the token budget that was asked for. The budget is a power of two, so that a little more or less free
+    memory does not change the micro-batches, and with them the last digits of a result.
     """
-    width = dtype.itemsize
-    per_layer = (width if checkpointing else 17 * width) * config.hidden_size
-    return int(config.num_hidden_layers * per_layer + config.vocab_size * (width + 12))
+    assert spec.train is not None
+    said: tuple[str, ...] = ()
+    recomputes = spec.train.gradient_checkpointing
+    if recomputes == "auto":
+        needed = tokens_needed(spec, longest)
+        fits = tokens_that_fit(outline, with_recomputing(spec, False), width, longest, room)
+        recomputes = fits < needed
+        what = "the longest row has" if needed == longest else "train.token_budget is"
+        choice = "on" if recomputes else "off"
+        said = (f"gradient checkpointing {choice}: without it {fits} tokens fit, {what} {needed}",)
+    if spec.train.token_budget != "auto":
+        budget = spec.train.token_budget
+        return Choice(budget, recomputes, (*said, f"token budget {budget}: set by train.token_budget"))
+    spec = with_recomputing(spec, recomputes)
+    budget = _largest_power_of_two(outline, spec, width, longest, room)
+    taken = step_bytes(outline, spec, width, budget, longest) / 1e9
+    why = f"a step of it takes about {taken:.2f} GB, {room}"
+    if room.on_cpu:
+        why += f"; never above {_CPU_CEILING} on a CPU, where more are no faster, and not probed"
+    return Choice(budget, recomputes, (*said, f"token budget {budget}: {why}"))
 
 
-def recomputes_activations(
-    train: TrainSpec, longest: int, config: Any, dtype: torch.dtype, device: torch.device
-) -> tuple[bool, tuple[str, ...]]:
-    """Whether the backward pass recomputes activations; announced where the choice is ours.
-
-    It costs a third more time, so `auto` does it only where the longest row, of `longest` tokens, would not
-    fit otherwise, or the token budget that was asked for.
-    """
-    if train.gradient_checkpointing != "auto":
-        return train.gradient_checkpointing, ()
-    needed = tokens_needed(train, longest)
-    what = "the longest row has" if needed == longest else "train.token_budget is"
-    fits = tokens_that_fit(bytes_per_token(config, dtype, checkpointing=False), _free_bytes(device))
-    choice = "on" if fits < needed else "off"
-    return fits < needed, (f"gradient checkpointing {choice}: without it {fits} tokens fit, {what} {needed}",)
-
-
-def tokens_needed(train: TrainSpec, longest: int) -> int:
+def tokens_needed(spec: TrialSpec, longest: int) -> int:
     """What one micro-batch must hold at the least: the longest row, or the budget that was asked for."""
-    return longest if train.token_budget == "auto" else max(longest, train.token_budget)
+    assert spec.train is not None
+    return longest if spec.train.token_budget == "auto" else max(longest, spec.train.token_budget)
 
 
-def token_budget(
-    train: TrainSpec, recomputes: bool, config: Any, dtype: torch.dtype, device: torch.device
-) -> tuple[int, str]:
-    """The budget in tokens, padding included, and the sentence that announces it.
+def tokens_that_fit(outline: Outline, spec: TrialSpec, width: Widths, longest: int, room: Room) -> int:
+    """How many tokens of a micro-batch leave a share of the free memory for what is not counted."""
 
-    A power of two, so that a little more or less free memory does not change the micro-batches, and
-    with them the last digits of a result.
-    """
-    if train.token_budget != "auto":
-        return train.token_budget, f"token budget {train.token_budget}: set by train.token_budget"
-    cost, free = bytes_per_token(config, dtype, recomputes), _free_bytes(device)
-    budget = budget_in(free, cost, on_cpu=device.type == "cpu")
-    reason = f"about {cost / 1e6:.2f} MB a token, {free / 1e9:.1f} GB free on {device.type}"
-    return budget, f"token budget {budget}: {reason}"
+    def needed(tokens: int) -> float:
+        return step_bytes(outline, spec, width, tokens, longest)
+
+    return bisect.bisect_right(range(1, _MOST + 1), _SHARE_OF_FREE * room.free_bytes, key=needed)
 
 
-def budget_in(free_bytes: float, cost: int, *, on_cpu: bool) -> int:
-    """The budget that `auto` takes where a token costs `cost` of so many bytes."""
-    fits = max(_FLOOR, tokens_that_fit(cost, free_bytes))
-    if on_cpu:
-        fits = min(fits, _CPU_CEILING)
-    return 1 << (fits.bit_length() - 1)
+def _largest_power_of_two(outline: Outline, spec: TrialSpec, width: Widths, longest: int, room: Room) -> int:
+    """The same among powers of two, from the floor up: a few looks, where thousands of trials are planned."""
+    ceiling = _CPU_CEILING if room.on_cpu else _MOST
+    powers = [1 << bits for bits in range(_FLOOR.bit_length() - 1, ceiling.bit_length())]
+
+    def needed(tokens: int) -> float:
+        return step_bytes(outline, spec, width, tokens, longest)
+
+    fitting = bisect.bisect_right(powers, _SHARE_OF_FREE * room.free_bytes, key=needed)
+    return powers[max(0, fitting - 1)]
 
 
-def tokens_that_fit(cost: int, free_bytes: float) -> int:
-    """How many tokens leave a share of the free memory for what is not counted."""
-    return int(_SHARE_OF_FREE * free_bytes) // cost
+def step_bytes(outline: Outline, spec: TrialSpec, width: Widths, tokens: int, longest: int) -> float:
+    """What a step takes at its peak beside the base and the adapter's weights: see `memory.py`."""
+    memory = training_memory(outline, spec, width, tokens, longest)
+    return memory.total - memory.base - memory.adapters
 
 
-def _free_bytes(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
+def with_recomputing(spec: TrialSpec, recomputes: bool) -> TrialSpec:
+    """The spec with `gradient_checkpointing` decided."""
+    assert spec.train is not None
+    train = spec.train.model_copy(update={"gradient_checkpointing": recomputes})
+    return spec.model_copy(update={"train": train})

@@ -28,16 +28,17 @@ from sweeps.errors import BadModel, CannotStart, OutOfMemory
 from sweeps.spec import ModelSpec, TrialSpec
 from sweeps.trial.adapter import attach
 from sweeps.trial.base import Base, Resident, make_optimizer, without_progress_bars
-from sweeps.trial.batches import rectangles, row_order
-from sweeps.trial.budget import recomputes_activations, token_budget
+from sweeps.trial.batches import CALL_TOKENS, rectangles, row_order
+from sweeps.trial.budget import Room, choose
 from sweeps.trial.calibration import Calibration, cpu_title
 from sweeps.trial.data import TokenData, TokenRow
 from sweeps.trial.duration import Pace, Work, backward_seconds, forward_seconds, training_operations
 from sweeps.trial.estimate import config_of, frozen_params, outline, trainable_params
 from sweeps.trial.finetune import Trained, Training, finetune
 from sweeps.trial.lengths import RowLengths, row_lengths, scoring
+from sweeps.trial.loss import loss_of
 from sweeps.trial.measure import MemoryMeter
-from sweeps.trial.memory import training_memory, widths
+from sweeps.trial.memory import training_memory, widths, widths_of
 from sweeps.trial.miniature import make_tokenizer
 from sweeps.trial.rng import TrialRng
 from sweeps.trial.source import FolderModel, HubModel, locate
@@ -121,14 +122,14 @@ def _compared(steps: _Steps, scored: _Scored, device: Device | None) -> Calibrat
 
 def _measure(spec: TrialSpec, base: Base) -> tuple[_Steps, _Scored]:
     assert spec.train is not None
-    rows = row_lengths(spec.data)
+    rows, shapes = row_lengths(spec.data), outline(spec.model)
     with attach(base, spec.lora, spec.train.seed) as adapter:
-        about = base.model.config, base.dtype, base.device
-        recomputes, _ = recomputes_activations(spec.train, rows.longest, *about)
-        budget, _ = token_budget(spec.train, recomputes, *about)
-        if recomputes:
+        width = widths_of(base.dtype, adapter.dtype, on_cpu=base.device.type == "cpu")
+        chosen = choose(shapes, spec, width, rows.longest, Room.on(base.device))
+        budget = chosen.token_budget
+        if chosen.recomputes:
             adapter.enable_gradient_checkpointing()
-        some = _some_steps(spec, rows, budget, recomputes)
+        some = _some_steps(spec, rows, budget, chosen.recomputes)
         parameters = adapter.named_parameters()
         while True:
             steps, left = _train(adapter.model, parameters, base, some, rows, budget)
@@ -190,7 +191,7 @@ def _train(
     meter = MemoryMeter(base.device)
     seconds: list[float] = []  # up to the end of each step
     try:
-        with contextlib.closing(finetune(model, training, data, spec, _Unkept())) as reports:
+        with contextlib.closing(finetune(model, loss_of(model), training, data, spec, _Unkept())) as reports:
             for _ in reports:
                 seconds.append(trained.seconds)
                 if len(seconds) > _WARMING and seconds[-1] - seconds[_WARMING - 1] > _ENOUGH_SECONDS:
@@ -199,12 +200,14 @@ def _train(
     finally:
         meter.close()
     order = row_order(len(made), spec.train, spec.steps)[: len(seconds)]
+    call = CALL_TOKENS[base.device.type]
+    cuts = [rectangles([len(made[pick]) for pick in picks], budget, call) for picks in order]
     shapes = [
         (len(group) * len(made[picks[group[0]]]), len(made[picks[group[0]]]))
-        for picks in order
-        for group in rectangles([len(made[pick]) for pick in picks], budget)
+        for picks, groups in zip(order, cuts, strict=True)
+        for group in groups
     ]
-    warm = len(rectangles([len(made[pick]) for pick in order[0]], budget))
+    warm = len(cuts[0])
     measured = shapes[warm:]
     work = Work(len(measured), sum(tokens for tokens, _ in measured))
     steps = _Steps(

@@ -5,23 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
-from torch.nn import functional
 
 from sweeps.errors import Diverged, OutOfMemory
 from sweeps.result import Progress
-from sweeps.spec import OptimizerSpec, TrialSpec
+from sweeps.spec import OptimizerSpec, TrainSpec, TrialSpec
 from sweeps.trial import batches
 from sweeps.trial.base import optimizer_state, restore_optimizer
-from sweeps.trial.batches import IGNORED, MicroBatch
+from sweeps.trial.batches import Weighting
 from sweeps.trial.data import TokenData, TokenRow
+from sweeps.trial.loss import Loss
 from sweeps.trial.measure import Stopwatch
 from sweeps.trial.rng import TrialRng
 
 OptimizerFactory = Callable[[Sequence[torch.nn.Parameter], OptimizerSpec], torch.optim.Optimizer]
-Weighting = Literal["sample", "token"]
 State = tuple[dict[str, torch.Tensor], dict[str, Any]]
 
 
@@ -158,19 +157,18 @@ def _decayed(step: int, spec: TrialSpec) -> float:
     return taken / (spec.steps - spec.schedule.warmup_steps)
 
 
-def row_losses(model: torch.nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Each row's mean next-token loss over the tokens that it predicts: (B,) in float32."""
-    logits = model(input_ids=batch.ids, use_cache=False).logits[:, :-1]  # (B, T - 1, V)
-    losses = functional.cross_entropy(
-        logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORED, reduction="none"
-    ).view_as(batch.labels)  # (B, T - 1)
-    return losses.sum(1) / batch.predicted
-
-
 def finetune(
-    model: torch.nn.Module, training: Training, data: TokenData, spec: TrialSpec, keeper: Keeps
+    model: torch.nn.Module,
+    loss: Loss,
+    training: Training,
+    data: TokenData,
+    spec: TrialSpec,
+    keeper: Keeps,
 ) -> Generator[Progress, None, None]:
     """Train in place, from wherever `training` stands, and report every `train.log_every` steps.
+
+    Nothing waits for the device but a report: a CUDA device works off its queue while the host prepares the
+    micro-batches that follow.
 
     `trained.token_budget` is the most tokens in a micro-batch; a step that runs out of memory is redone
     under half of it. Raises `Diverged`, `OutOfMemory` when one row alone does not fit, and `Interrupted`
@@ -187,7 +185,7 @@ def finetune(
     for step, picks in enumerate(order[trained.step :], start=trained.step):
         # forward and backward
         rows = [data.train[pick] for pick in picks]
-        unread.append(_accumulate(model, parameters, rows, weighting, training.rng, trained))
+        unread.append(_accumulate(loss, parameters, rows, weighting, training.rng, trained))
 
         # update
         lr = learning_rate(step, spec)
@@ -209,8 +207,9 @@ def finetune(
             trained.train_loss = sum(losses) / len(losses)
             unread.clear()
             if measures_eval and data.held_out:
-                loss = held_out_loss(model, data.held_out[: train.eval_rows], trained.token_budget)
-                trained.eval_loss = _finite(loss, trained.step)
+                held_out = data.held_out[: train.eval_rows]
+                value = held_out_loss(model, loss, held_out, trained.token_budget)
+                trained.eval_loss = _finite(value, trained.step)
             trained.watch.pause()
             try:
                 yield Progress(
@@ -239,7 +238,7 @@ def _finite(loss: float, step: int) -> float:
     return loss
 
 
-def held_out_loss(model: torch.nn.Module, rows: Sequence[TokenRow], token_budget: int) -> float:
+def held_out_loss(model: torch.nn.Module, loss: Loss, rows: Sequence[TokenRow], token_budget: int) -> float:
     """The mean of the rows' losses, without dropout; leaves the model in training mode.
 
     Rows weigh the same whatever `train.loss_weighting` says, so that trials of both kinds compare.
@@ -247,17 +246,16 @@ def held_out_loss(model: torch.nn.Module, rows: Sequence[TokenRow], token_budget
     device = next(model.parameters()).device
     model.eval()
     try:
-        with torch.no_grad():
-            total = torch.zeros((), device=device)
-            for batch in batches.micro_batches(rows, token_budget):
-                total += row_losses(model, batch.to(device)).sum()
+        total = torch.zeros((), device=device)
+        for batch in batches.micro_batches(rows, token_budget, device=device.type):
+            total += loss.value(batch.to(device))
     finally:
         model.train()
-    return total.item() / len(rows)
+    return total.item()
 
 
 def _accumulate(
-    model: torch.nn.Module,
+    loss: Loss,
     parameters: Sequence[torch.nn.Parameter],
     rows: Sequence[TokenRow],
     weighting: Weighting,
@@ -269,7 +267,7 @@ def _accumulate(
     while True:
         try:
             with rng.active():
-                return _forward_backward(model, rows, weighting, device, trained.token_budget)
+                return _forward_backward(loss, rows, weighting, device, trained.token_budget)
         except torch.OutOfMemoryError as error:
             longest = max(len(row) for row in rows)
             if trained.token_budget <= longest:
@@ -285,7 +283,7 @@ def _accumulate(
 
 
 def _forward_backward(
-    model: torch.nn.Module,
+    loss: Loss,
     rows: Sequence[TokenRow],
     weighting: Weighting,
     device: torch.device,
@@ -293,16 +291,37 @@ def _forward_backward(
 ) -> torch.Tensor:
     """The mean over the step's rows, or over its predicted tokens, in whichever micro-batch they are."""
     total = torch.zeros((), device=device)
-    parts = len(rows) if weighting == "sample" else sum(row.predicted for row in rows)
-    for batch in batches.micro_batches(rows, token_budget):
-        batch = batch.to(device)
-        losses = row_losses(model, batch)  # (B,)
-        if weighting == "token":
-            losses = losses * batch.predicted
-        loss = losses.sum() / parts
-        loss.backward()
-        total += loss.detach()
+    for batch in batches.micro_batches(rows, token_budget, weighting, device.type):
+        total += loss.backward(batch.to(device))
     return total
+
+
+def probe(
+    model: torch.nn.Module, loss: Loss, training: Training, rows: Sequence[TokenRow], train: TrainSpec
+) -> str:
+    """Try the token budget once with the longest rows, before any step does; halve it while it is too much.
+
+    Memory for the optimiser's state is held meanwhile, which no step has made yet. The training is then as it
+    was, but for its budget; returns the sentence that tells it. Raises `OutOfMemory` as a step does.
+    """
+    trained, rng = training.trained, training.rng
+    asked = trained.token_budget
+    by_length = sorted(rows, key=len, reverse=True)
+    longest = by_length[: max(1, min(asked // len(by_length[0]), train.batch_size))]
+    before = rng.state()
+    model.train()
+    states = [torch.empty_like(parameter) for parameter in training.parameters for _ in range(2)]
+    try:
+        _accumulate(loss, training.parameters, longest, train.loss_weighting, rng, trained)
+    finally:
+        del states
+        rng.restore(*before)
+        for parameter in training.parameters:
+            parameter.grad = None
+    what = f"{len(longest)} rows of up to {len(longest[0])} tokens"
+    if trained.token_budget < asked:
+        return f"token budget {trained.token_budget}: a probe with {what} ran out of memory under {asked}"
+    return f"token budget {asked}: a probe with {what} fits"
 
 
 class _Divergence:

@@ -15,7 +15,10 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 
+import torch
+
 from sweeps.spec import OptimizerSpec, TrialSpec
+from sweeps.trial.loss import chunk_rows
 from sweeps.trial.outline import Outline
 from sweeps.trial.targets import Layers, Shape, Targets, lora_params, magnitude_params, match
 
@@ -49,8 +52,9 @@ _KEPT_BY_ACTIVATION: Mapping[str, int] = {"gelu_new": 4}
 # Layers that are given one and the same tensor.
 _SHARED_INPUT: Mapping[str, str] = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
 
-# Float32 values of each logit at once in the backward pass: log-softmax, its gradient, the logits' gradient.
-_LOGITS_BYTES = 12
+# The loss has, of a chunk's logits at once: themselves, and in float32 their softmax, which becomes their
+# gradient; that in their own dtype, where it is another.
+_SOFTMAX_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -80,11 +84,12 @@ class Memory:
 
 @dataclass(frozen=True)
 class Widths:
-    """Bytes of one value: of the model, of the adapter, and of a dropout's mask (a byte on CUDA)."""
+    """Bytes of one value: of the model, of the adapter, of the mask of torch's dropout (a byte on CUDA)."""
 
     model: int
     adapter: int
     mask: int
+    on_cpu: bool
 
 
 def widths(spec: TrialSpec, on_cpu: bool) -> Widths:
@@ -93,7 +98,12 @@ def widths(spec: TrialSpec, on_cpu: bool) -> Widths:
     model = named.get(spec.model.dtype, 4 if on_cpu else 2)
     by_default = 4 if spec.model.dtype == "float16" else model
     adapter = named.get(spec.lora.dtype, by_default)
-    return Widths(model, adapter, adapter if on_cpu else 1)
+    return Widths(model, adapter, adapter if on_cpu else 1, on_cpu)
+
+
+def widths_of(model: torch.dtype, adapter: torch.dtype, *, on_cpu: bool) -> Widths:
+    """Those of a base and an adapter that are there."""
+    return Widths(model.itemsize, adapter.itemsize, adapter.itemsize if on_cpu else 1, on_cpu)
 
 
 def training_memory(outline: Outline, spec: TrialSpec, width: Widths, tokens: int, longest: int) -> Memory:
@@ -103,13 +113,13 @@ def training_memory(outline: Outline, spec: TrialSpec, width: Widths, tokens: in
     trained = lora_params(adapted, spec.lora.r) * width.adapter
     if spec.lora.dora:
         trained += magnitude_params(adapted) * width.adapter
-    blocks, head = _kept_per_token(outline, spec, width, longest)
+    blocks = _kept_per_token(outline, spec, width, longest)
     recomputed = 0.0
     if spec.train.gradient_checkpointing:  # the blocks keep their inputs, and compute the rest again
         recomputed = blocks / outline.blocks
         blocks = float(outline.blocks * outline.config.hidden_size * width.model)
-    # The peak is behind the head, with the logits, or in the last block's backward pass, with its gradients.
-    logits = float(tokens * _logits_per_token(outline, width))
+    # The peak is behind the head, with a chunk's logits, or in the last block's backward pass.
+    logits = _head_bytes(outline, spec, width, tokens)
     in_block = tokens * (recomputed + _gradients_per_token(outline) * width.model)
     workspace = _workspace(outline, spec, width) + _dora_workspace(adapted, spec, width)
     if logits >= in_block + workspace:
@@ -121,7 +131,7 @@ def training_memory(outline: Outline, spec: TrialSpec, width: Widths, tokens: in
         adapters=trained,
         gradients=trained,
         optimizer=_optimizer_bytes(outline, spec, width),
-        activations=tokens * (blocks + head) + in_block,
+        activations=tokens * blocks + in_block,
         logits=logits,
         workspace=workspace,
     )
@@ -196,19 +206,17 @@ def _adapted(outline: Outline, targets: Targets) -> Layers:
 # --- what is kept for the backward pass ---------------------------------------------------------------
 
 
-def _kept_per_token(outline: Outline, spec: TrialSpec, width: Widths, longest: int) -> tuple[float, float]:
-    """Bytes a token that all blocks keep, and that the head keeps."""
+def _kept_per_token(outline: Outline, spec: TrialSpec, width: Widths, longest: int) -> float:
+    """Bytes a token that all blocks keep."""
     written_out, fused = outline.norm_values
     blocks = 4.0 * written_out + width.model * fused
     blocks += outline.blocks * _attention_scores(outline, spec, width, longest)
-    head = 0.0
     for (kind, shape, is_head, is_adapted), count in _kinds(outline, spec.lora.targets).items():
-        kept = _kept_by_adapter(kind, shape, spec, width) if is_adapted else 0.0
-        if is_head:
-            head += kept
-        else:
-            blocks += count * (kept + _kept_of(kind, shape, outline) * width.model)
-    return blocks, head
+        if not is_head:
+            kept = _kept_by_adapter(kind, shape, spec, width) if is_adapted else 0.0
+            kept += _kept_of(kind, shape, outline) * width.model
+            blocks += count * (kept + _more_in_float32(kind, shape, outline, spec, width))
+    return blocks
 
 
 @functools.lru_cache(maxsize=256)
@@ -232,23 +240,60 @@ def _kept_of(kind: str, shape: Shape, outline: Outline) -> float:
     return attention + _OUTPUTS_KEPT.get(kind, 1) * shape.out_features
 
 
+def _more_in_float32(kind: str, shape: Shape, outline: Outline, spec: TrialSpec, width: Widths) -> float:
+    """Bytes a token more where attention computes in float32 between layers of 16 bits (`attention.py`)."""
+    is_eager = spec.model.attention == "eager" or not outline.has_sdpa
+    assert spec.train is not None
+    if is_eager or not width.on_cpu or width.model == 4 or spec.train.gradient_checkpointing:
+        return 0.0
+    kept = shape.out_features if kind in ("q_proj", "k_proj", "v_proj", *_FUSED_QKV) else 0
+    return (4.0 - width.model) * (kept + (shape.in_features if kind in _ATTENTION_OUT else 0))
+
+
 def _kept_by_adapter(kind: str, shape: Shape, spec: TrialSpec, width: Widths) -> float:
     """Bytes a token that LoRA on one layer keeps: A's input, for A's gradient, and B's, for B's."""
     middle = spec.lora.r * width.adapter
-    if spec.lora.dora:  # the base's result, and the update's, for the gradient of the length
-        middle += 2 * shape.out_features * width.model
-    if spec.lora.dropout:  # each layer drops for itself: the result, and the mask
-        return shape.in_features * (width.adapter + width.mask) + middle
-    if width.adapter != width.model:  # each layer casts for itself
-        return shape.in_features * width.adapter + middle
+    if spec.lora.dora:
+        return middle + _kept_by_dora(shape, spec, width)
     is_kept_already = kind in _ATTENTION_OUT or kind in _SHARED_INPUT
-    return middle + (0 if is_kept_already else shape.in_features * width.model)
+    mask = shape.in_features if spec.lora.dropout else 0  # a byte each; each layer drops for itself
+    return middle + mask + (0 if is_kept_already else shape.in_features * width.model)
 
 
-def _logits_per_token(outline: Outline, width: Widths) -> int:
-    """Bytes of a token's logits in the backward pass; a soft cap on them keeps its tanh besides."""
+def _kept_by_dora(shape: Shape, spec: TrialSpec, width: Widths) -> float:
+    """In peft's own pass: the base's result and the update's, for the gradient of the length, and the input,
+    which each layer drops or casts for itself."""
+    mask = width.mask if spec.lora.dropout else 0
+    return 2.0 * shape.out_features * width.model + shape.in_features * (width.adapter + mask)
+
+
+def _head_bytes(outline: Outline, spec: TrialSpec, width: Widths, tokens: int) -> float:
+    """What the loss has at its peak, if every one of `tokens` is predicted: see `loss.ChunkedLoss`.
+
+    The body's output, those rows of it that are picked, and their gradient; and of one chunk its logits, and
+    what is made of them, or the head's dequantised weight where that is more than the softmax.
+    """
+    vocabulary = int(outline.config.vocab_size)
+    rows = min(tokens, chunk_rows(vocabulary, on_cpu=width.on_cpu))
+    around = 3.0 * tokens * outline.config.hidden_size * width.model
+    logits = rows * vocabulary
     capped = width.model if getattr(outline.config, "final_logit_softcapping", None) else 0
-    return int(outline.config.vocab_size * (_LOGITS_BYTES + capped))
+    in_loss = logits * (width.model + _SOFTMAX_BYTES + (width.model if width.model != 4 else 0) + capped)
+    in_head = 0.0
+    if (
+        outline.head is not None
+        and _is_quantised(spec)
+        and spec.model.quantize_lm_head
+        and not outline.is_tied
+    ):
+        in_head = vocabulary * outline.config.hidden_size * width.model + 2 * logits * width.model
+    adapted = _adapted(outline, spec.lora.targets)
+    if outline.head and outline.head in adapted:
+        shape = adapted[outline.head]
+        around += rows * _kept_by_adapter("lm_head", shape, spec, width)
+        if spec.lora.dora:  # its products with the lengths are in float32: their gradient, and that of one
+            around += _dora_workspace({outline.head: shape}, spec, width) + 2 * 4 * logits
+    return around + max(in_loss, in_head)
 
 
 def _attention_scores(outline: Outline, spec: TrialSpec, width: Widths, longest: int) -> float:

@@ -42,7 +42,7 @@ class Outline:
 
 
 def outline_of(model: Any) -> Outline:
-    """Read a bare model, which may be on the meta device."""
+    """Read a bare model, which may be on the meta device, or in 4 bits."""
     config = model.config.get_text_config()
     layers = linear_layers(model)
     head = model.get_output_embeddings()
@@ -52,7 +52,7 @@ def outline_of(model: Any) -> Outline:
     head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
     return Outline(
         layers=layers,
-        params=sum(parameter.numel() for parameter in model.parameters()),
+        params=sum(map(_numbers, model.parameters())),
         config=config,
         head=names[0] if names and names[0] in layers else None,
         is_tied=head is not None and head.weight is model.get_input_embeddings().weight,
@@ -60,6 +60,12 @@ def outline_of(model: Any) -> Outline:
         kv_width=(kv_heads or heads) * head_width,
         has_sdpa=bool(getattr(model, "_supports_sdpa", True)),
     )
+
+
+def _numbers(parameter: torch.nn.Parameter) -> int:
+    """How many a parameter holds: bitsandbytes packs two in a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return int(packed.shape.numel()) if packed is not None else parameter.numel()
 
 
 def _norm_values(model: Any, layers: Layers) -> tuple[int, int]:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from sweeps.devices import Device
 from sweeps.spec import TrialSpec
-from sweeps.trial.budget import budget_in, bytes_per_token, tokens_needed, tokens_that_fit
+from sweeps.trial.budget import Room, choose, with_recomputing
 from sweeps.trial.calibration import Calibration
 from sweeps.trial.duration import Pace, scoring_seconds, training_seconds
 from sweeps.trial.estimate import outline, trainable_params
@@ -62,7 +60,7 @@ def predict(
     shapes = outline(spec.model)
     width = widths(spec, on_cpu)
     trainable = trainable_params(spec)
-    spec = _with_checkpointing(shapes, spec, width, trainable, device)
+    spec = _with_checkpointing(shapes, spec, width, trainable, device, on_cpu)
     asked, unknown = scoring(spec.evaluate)
     longest_scored = max(asked.longest, _UNKNOWN_LONGEST if unknown else 0)
     peak = scoring_memory(shapes, spec, width, spec.evaluate.batch_size * longest_scored)
@@ -163,13 +161,10 @@ def _budget(
     It starts as the trial's own, and is halved while a step would run out of memory, as the loop does.
     """
     assert spec.train is not None
-    if spec.train.token_budget != "auto":
-        budget = spec.train.token_budget
-    elif device is None and not on_cpu:
+    if device is None and not on_cpu and spec.train.token_budget == "auto":
         return rows.longest
-    else:
-        cost = bytes_per_token(shapes.config, _dtype(width), bool(spec.train.gradient_checkpointing))
-        budget = budget_in(_free_bytes(shapes, spec, width, trainable, device), cost, on_cpu=on_cpu)
+    room = _room(shapes, spec, width, trainable, device, on_cpu)
+    budget = choose(shapes, spec, width, rows.longest, room).token_budget
     while device is not None and budget > rows.longest:
         if _peak(shapes, spec, width, budget, rows).total * memory_factor <= device.usable_bytes:
             break
@@ -178,26 +173,19 @@ def _budget(
 
 
 def _with_checkpointing(
-    shapes: Outline, spec: TrialSpec, width: Widths, trainable: int, device: Device | None
+    shapes: Outline, spec: TrialSpec, width: Widths, trainable: int, device: Device | None, on_cpu: bool
 ) -> TrialSpec:
     """The spec with `gradient_checkpointing: auto` decided as the trial does on the device, off without."""
-    train = spec.train
-    if train is None or train.gradient_checkpointing != "auto":
+    if spec.train is None or spec.train.gradient_checkpointing != "auto":
         return spec
-    needed = tokens_needed(train, row_lengths(spec.data).longest)
-    cost = bytes_per_token(shapes.config, _dtype(width), checkpointing=False)
-    recomputes = tokens_that_fit(cost, _free_bytes(shapes, spec, width, trainable, device)) < needed
-    decided = train.model_copy(update={"gradient_checkpointing": recomputes})
-    return spec.model_copy(update={"train": decided})
+    room = _room(shapes, spec, width, trainable, device, on_cpu)
+    longest = row_lengths(spec.data).longest
+    return with_recomputing(spec, choose(shapes, spec, width, longest, room).recomputes)
 
 
-def _free_bytes(
-    shapes: Outline, spec: TrialSpec, width: Widths, trainable: int, device: Device | None
-) -> float:
+def _room(
+    shapes: Outline, spec: TrialSpec, width: Widths, trainable: int, device: Device | None, on_cpu: bool
+) -> Room:
     """Beside the base and the adapter; where no device is named, memory is taken to be enough."""
     usable = device.usable_bytes if device is not None else _PLENTY
-    return usable - base_bytes(shapes, spec, width) - trainable * width.adapter
-
-
-def _dtype(width: Widths) -> torch.dtype:
-    return torch.float32 if width.model == 4 else torch.bfloat16
+    return Room(usable - base_bytes(shapes, spec, width) - trainable * width.adapter, on_cpu)

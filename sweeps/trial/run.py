@@ -8,7 +8,7 @@ import os
 import platform
 import time
 import traceback
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,22 @@ import torch
 
 from sweeps.errors import BadData, EvaluationFailed, Interrupted, OutOfMemory, failure_class
 from sweeps.result import Failure, Measured, Outcome, Progress, Score, TrialResult
-from sweeps.spec import ModelSpec, TrainSpec, TrialSpec
+from sweeps.spec import ModelSpec, TrialSpec
 from sweeps.trial.adapter import Adapter, attach
 from sweeps.trial.base import Base, Resident, make_optimizer
-from sweeps.trial.budget import recomputes_activations, token_budget
+from sweeps.trial.budget import Choice, Room, choose
 from sweeps.trial.causes import disk_full
 from sweeps.trial.checkpoint import Checkpoint, Checkpoints, Keeper
 from sweeps.trial.data import TokenData
 from sweeps.trial.evaluate import check, evaluate
-from sweeps.trial.finetune import Trained, Training, finetune
+from sweeps.trial.finetune import Trained, Training, finetune, probe
 from sweeps.trial.keeping import Keeping
 from sweeps.trial.lock import WAIT_SECONDS, FolderLock
+from sweeps.trial.loss import loss_of
 from sweeps.trial.measure import MemoryMeter, Stopwatch
+from sweeps.trial.memory import widths_of
 from sweeps.trial.merge import merge
+from sweeps.trial.outline import Outline, outline_of
 from sweeps.trial.paths import TrialFolder, remove, write_whole
 from sweeps.trial.rng import TrialRng
 from sweeps.trial.tokencache import prepare
@@ -210,11 +213,12 @@ def _run(
     rows, said = prepare(spec.data, base.tokenizer)
     account.data_digest = rows.digest
     account.notes += said
+    outline = outline_of(base.model)  # while it is bare
     with attach(base, spec.lora, spec.train.seed) as adapter:
         account.load.pause()
         account.trainable_params = adapter.trainable_params
         account.notes += adapter.notes
-        yield from _train(spec, base, adapter, rows, files, account, keeping)
+        yield from _train(spec, base, outline, adapter, rows, files, account, keeping)
         yield Progress(phase="saving", step=spec.steps, steps=spec.steps)
         adapter.save(files.adapter)
         if not merges:
@@ -226,6 +230,7 @@ def _run(
 def _train(
     spec: TrialSpec,
     base: Base,
+    outline: Outline,
     adapter: Adapter,
     rows: TokenData,
     files: TrialFolder,
@@ -237,10 +242,20 @@ def _train(
     rng = TrialRng(spec.train.seed, base.device)
     training = Training(adapter.named_parameters(), spec, rng, make_optimizer, trained)
     checkpoints = Checkpoints(files.checkpoints, spec.digest, base.device.type)
+    loss = loss_of(adapter.model)
+    notes.append(loss.note)
+    width = widths_of(base.dtype, adapter.dtype, on_cpu=base.device.type == "cpu")
     longest = max(map(len, rows.train))
-    budget, recomputes = _begin_or_resume(spec.train, base, longest, training, checkpoints, account)
+
+    def choice() -> Choice:
+        return choose(outline, spec, width, longest, Room.on(base.device))
+
+    budget, recomputes = _begin_or_resume(choice, training, checkpoints, account)
     if recomputes:
         adapter.enable_gradient_checkpointing()
+    if spec.train.token_budget == "auto" and base.device.type == "cuda" and not trained.step:
+        notes.append(probe(adapter.model, loss, training, rows.train, spec.train))
+        budget = trained.token_budget
     keeper = Keeper(
         checkpoints, keeping, lambda: account.for_checkpoint(budget, recomputes), notes, trained.step
     )
@@ -249,7 +264,7 @@ def _train(
     _stop_if_asked(keeping)
     said = len(notes)
     # Closed with us, and not whenever its memory is taken back: it then writes a checkpoint.
-    with contextlib.closing(finetune(adapter.model, training, rows, spec, keeper)) as reports:
+    with contextlib.closing(finetune(adapter.model, loss, training, rows, spec, keeper)) as reports:
         for progress in reports:
             news, said = tuple(notes[said:]), len(notes)
             yield progress.model_copy(
@@ -260,23 +275,16 @@ def _train(
 
 
 def _begin_or_resume(
-    train: TrainSpec,
-    base: Base,
-    longest: int,
-    training: Training,
-    checkpoints: Checkpoints,
-    account: _Account,
+    choice: Callable[[], Choice], training: Training, checkpoints: Checkpoints, account: _Account
 ) -> tuple[int, bool]:
     """Put the training where it was cut, if it was; the token budget of the first step, and whether
-    activations are recomputed. `longest` is the longest row in tokens."""
+    activations are recomputed."""
     checkpoint, refused = checkpoints.newest()
     if checkpoint is None:
-        about = base.model.config, base.dtype, base.device
-        recomputes, said = recomputes_activations(train, longest, *about)
-        budget, announced = token_budget(train, recomputes, *about)
-        training.trained.token_budget = budget
-        account.notes += [*said, announced, *refused]
-        return budget, recomputes
+        chosen = choice()
+        training.trained.token_budget = chosen.token_budget
+        account.notes += [*chosen.notes, *refused]
+        return chosen.token_budget, chosen.recomputes
     account.go_on_from(checkpoint)
     training.restore(checkpoint.tensors, checkpoint.values["training"])
     where = f"resumed at step {checkpoint.step} of {training.steps}"

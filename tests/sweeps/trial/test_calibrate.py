@@ -14,12 +14,12 @@ from sweeps.devices import device_named
 from sweeps.errors import BadModel, CannotStart, OutOfMemory
 from sweeps.spec import ModelSpec, TrialSpec
 from sweeps.trial import calibrate as measuring
-from sweeps.trial import finetune
 from sweeps.trial.base import Resident, load_base
 from sweeps.trial.batches import MicroBatch
 from sweeps.trial.calibrate import calibrate
 from sweeps.trial.duration import Pace, Work, backward_seconds, forward_seconds
 from sweeps.trial.estimate import outline, trainable_params
+from sweeps.trial.loss import ChunkedLoss
 from sweeps.trial.memory import training_memory, widths
 from sweeps.trial.paths import TrialFolder
 from sweeps.trial.predict import predict
@@ -47,15 +47,15 @@ class Seen:
 
     def __init__(self, patch: pytest.MonkeyPatch, most_tokens: int = 1 << 30) -> None:
         self.shapes: list[tuple[int, int]] = []
-        plain = finetune.row_losses
+        plain = ChunkedLoss.backward
 
-        def watched(model: Any, batch: MicroBatch) -> torch.Tensor:
+        def watched(loss: ChunkedLoss, batch: MicroBatch) -> torch.Tensor:
             if batch.ids.numel() > most_tokens:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             self.shapes.append((batch.ids.shape[0], batch.ids.shape[1]))
-            return plain(model, batch)
+            return plain(loss, batch)
 
-        patch.setattr(finetune, "row_losses", watched)
+        patch.setattr(ChunkedLoss, "backward", watched)
 
 
 def test_the_work_that_is_compared_is_the_work_that_was_done(

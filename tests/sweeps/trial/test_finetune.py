@@ -15,8 +15,9 @@ from sweeps.errors import Diverged, OutOfMemory
 from sweeps.result import Progress
 from sweeps.spec import TrialSpec
 from sweeps.trial import finetune as loop
-from sweeps.trial.batches import micro_batches
+from sweeps.trial.batches import MicroBatch, Weighting
 from sweeps.trial.data import TokenData, TokenRow
+from sweeps.trial.loss import Loss, loss_of
 from sweeps.trial.rng import TrialRng
 
 CPU = torch.device("cpu")
@@ -66,21 +67,25 @@ class Unkept:
 
 
 def train(
-    model: torch.nn.Module, spec: TrialSpec, budget: int = 64, data: TokenData = DATA
+    model: torch.nn.Module,
+    spec: TrialSpec,
+    budget: int = 64,
+    data: TokenData = DATA,
+    loss: Loss | None = None,
 ) -> tuple[loop.Trained, list[Progress]]:
     trained = loop.Trained(token_budget=budget)
     training = loop.Training(named(model), spec, TrialRng(1, CPU), sgd, trained)
-    return trained, list(loop.finetune(model, training, data, spec, Unkept()))
+    return trained, list(loop.finetune(model, loss or loss_of(model), training, data, spec, Unkept()))
 
 
 def gradients(
     model: torch.nn.Module,
     budget: int,
-    weighting: loop.Weighting = "sample",
+    weighting: Weighting = "sample",
     rows: Sequence[TokenRow] = ROWS[:9],
 ) -> torch.Tensor:
     trained = loop.Trained(token_budget=budget)
-    loop._accumulate(model, trainable(model), rows, weighting, TrialRng(1, CPU), trained)
+    loop._accumulate(loss_of(model), trainable(model), rows, weighting, TrialRng(1, CPU), trained)
     flat = torch.cat([parameter.grad.flatten() for parameter in trainable(model)])  # type: ignore[union-attr]
     model.zero_grad()
     return flat
@@ -129,8 +134,7 @@ def test_the_weighting_of_the_spec_is_the_one_that_trains(model: torch.nn.Module
         for parameter, kept in zip(model.parameters(), _fresh(model).parameters(), strict=True):
             parameter.data.copy_(kept)
     rows = [DATA.train[pick] for pick in picks(spec_of())[:4]]
-    with torch.no_grad():
-        means = [loop.row_losses(model, next(micro_batches([row], 1000))).item() for row in rows]
+    means = [loop.held_out_loss(model, loss_of(model), [row], 1000) for row in rows]
     assert losses["sample"] == pytest.approx(sum(means) / 4, rel=1e-5)
     tokens = sum(row.predicted for row in rows)
     by_token = sum(mean * row.predicted for mean, row in zip(means, rows, strict=True)) / tokens
@@ -144,10 +148,10 @@ def _fresh(model: Any) -> torch.nn.Module:
 
 
 def test_every_row_weighs_the_same_however_long_it_is(model: torch.nn.Module) -> None:
-    (batch,) = micro_batches([ROWS[0], ROWS[4]], budget=1000)
-    together = loop.row_losses(model, batch)
-    alone = [loop.row_losses(model, next(micro_batches([row], 1000))) for row in (ROWS[4], ROWS[0])]
-    assert torch.allclose(together, torch.cat(alone), rtol=1e-5)
+    loss = loss_of(model)
+    together = loop.held_out_loss(model, loss, [ROWS[0], ROWS[4]], 1000)
+    alone = [loop.held_out_loss(model, loss, [row], 1000) for row in (ROWS[4], ROWS[0])]
+    assert together == pytest.approx(sum(alone) / 2, rel=1e-5)
 
 
 def test_reports_come_at_log_points_and_at_the_end_with_exact_losses(model: torch.nn.Module) -> None:
@@ -171,7 +175,7 @@ def picks(spec: TrialSpec) -> list[int]:
 
 
 def test_the_loss_goes_down_and_the_held_out_loss_is_reported(model: torch.nn.Module) -> None:
-    before = loop.held_out_loss(model, DATA.held_out, 64)
+    before = loop.held_out_loss(model, loss_of(model), DATA.held_out, 64)
     spec = spec_of(optimizer__lr=0.5, train__samples=160, train__sampling="epochs", train__eval_every=20)
     trained, reports = train(model, spec)
     assert reports[-1].train_loss < reports[0].train_loss - 0.3  # type: ignore[operator]
@@ -181,10 +185,12 @@ def test_the_loss_goes_down_and_the_held_out_loss_is_reported(model: torch.nn.Mo
 
 def test_the_held_out_loss_is_without_dropout_and_leaves_training_mode_on(model: torch.nn.Module) -> None:
     model.train()
-    values = {loop.held_out_loss(model, DATA.held_out, budget) for budget in (64, 64)}
+    values = {loop.held_out_loss(model, loss_of(model), DATA.held_out, budget) for budget in (64, 64)}
     assert len(values) == 1
     assert model.training
-    assert loop.held_out_loss(model, DATA.held_out, 1) == pytest.approx(values.pop(), rel=1e-5)
+    assert loop.held_out_loss(model, loss_of(model), DATA.held_out, 1) == pytest.approx(
+        values.pop(), rel=1e-5
+    )
 
 
 def test_the_rate_warms_up_from_zero_then_follows_half_a_cosine() -> None:
@@ -231,23 +237,40 @@ def test_clipping_bounds_the_update(model: torch.nn.Module) -> None:
     assert moved.norm().item() == pytest.approx(1e-3, rel=1e-3)
 
 
-def poisoned(model: torch.nn.Module, at_step: int, value: float) -> Callable[..., torch.Tensor]:
-    """`row_losses`, but with `value` added from the forward of that step on (one micro-batch a step)."""
-    real, calls = loop.row_losses, [0]
+class Bent:
+    """A loss to which something else happens first, or is added."""
 
-    def losses(*arguments: Any) -> torch.Tensor:
+    note = ""
+
+    def __init__(self, model: torch.nn.Module, change: Callable[[MicroBatch], float]) -> None:
+        self._real = loss_of(model)
+        self._change = change
+
+    def backward(self, batch: MicroBatch) -> torch.Tensor:
+        added = self._change(batch)
+        return self._real.backward(batch) + added
+
+    def value(self, batch: MicroBatch) -> torch.Tensor:
+        return self._real.value(batch)
+
+
+def poisoned(model: torch.nn.Module, at_step: int, value: float) -> Bent:
+    """`value` is added from the forward of that step on (one micro-batch a step)."""
+    calls = [0]
+
+    def change(_: MicroBatch) -> float:
         calls[0] += 1
-        return real(*arguments) + (value if calls[0] >= at_step else 0.0)
+        return value if calls[0] >= at_step else 0.0
 
-    return losses
+    return Bent(model, change)
 
 
 def test_a_loss_that_is_not_finite_ends_the_trial_and_names_the_step(
     model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "row_losses", poisoned(model, 5, float("nan")))
+    loss = poisoned(model, 5, float("nan"))
     with pytest.raises(Diverged, match="the loss must stay finite, got nan at step 5"):
-        train(model, spec_of(), budget=10_000)
+        train(model, spec_of(), budget=10_000, loss=loss)
 
 
 def test_a_held_out_loss_that_is_not_finite_ends_the_trial_too(
@@ -261,10 +284,10 @@ def test_a_held_out_loss_that_is_not_finite_ends_the_trial_too(
 def test_a_loss_that_stays_far_above_its_start_ends_the_trial(
     model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "row_losses", poisoned(model, 3, 20.0))
+    loss = poisoned(model, 3, 20.0)
     spec = spec_of(train__diverged_above=2.0, train__diverged_steps=4)
     with pytest.raises(Diverged, match=r"2 times its start \(5\.\d+\), got 2\d\.\d+ at step 6 after 4 steps"):
-        train(model, spec, budget=10_000)
+        train(model, spec, budget=10_000, loss=loss)
 
 
 def test_a_short_spike_is_not_a_divergence(model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,37 +297,61 @@ def test_a_short_spike_is_not_a_divergence(model: torch.nn.Module, monkeypatch: 
         judge.judge(7, [5.0, 5.0, 5.0])
 
 
-def out_of_memory_above(tokens: int) -> Callable[..., torch.Tensor]:
-    real = loop.row_losses
-
-    def losses(model: torch.nn.Module, batch: Any) -> torch.Tensor:
+def out_of_memory_above(model: torch.nn.Module, tokens: int) -> Bent:
+    def change(batch: MicroBatch) -> float:
         if batch.ids.numel() > tokens:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return real(model, batch)
+        return 0.0
 
-    return losses
+    return Bent(model, change)
 
 
-def test_memory_that_runs_out_halves_the_budget_and_redoes_the_step(
-    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_that_runs_out_halves_the_budget_and_redoes_the_step(model: torch.nn.Module) -> None:
     expected = gradients(model, 33)  # the longest row: a budget below it would not cut more
-    monkeypatch.setattr(loop, "row_losses", out_of_memory_above(40))
     trained = loop.Trained(token_budget=128)
-    loop._accumulate(model, trainable(model), ROWS[:9], "sample", TrialRng(1, CPU), trained)
+    short = out_of_memory_above(model, 40)
+    loop._accumulate(short, trainable(model), ROWS[:9], "sample", TrialRng(1, CPU), trained)
     assert trained.token_budget == 33
     flat = torch.cat([parameter.grad.flatten() for parameter in trainable(model)])  # type: ignore[union-attr]
     assert torch.equal(flat, expected)
 
 
-def test_one_row_that_does_not_fit_ends_the_trial_as_out_of_memory(
-    model: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(loop, "row_losses", out_of_memory_above(10))
+def test_one_row_that_does_not_fit_ends_the_trial_as_out_of_memory(model: torch.nn.Module) -> None:
     with pytest.raises(
         OutOfMemory, match=r"one row of \d+ tokens must fit in memory and did not; lower data.max"
     ):
-        train(model, spec_of(), budget=64)
+        train(model, spec_of(), budget=64, loss=out_of_memory_above(model, 10))
+
+
+def probed(model: torch.nn.Module, budget: int, loss: Loss) -> tuple[loop.Training, str]:
+    trained = loop.Trained(token_budget=budget)
+    training = loop.Training(named(model), spec_of(), TrialRng(1, CPU), sgd, trained)
+    train_spec = spec_of().train
+    assert train_spec is not None
+    return training, loop.probe(model, loss, training, ROWS, train_spec)
+
+
+def test_a_probe_takes_the_longest_rows_that_the_budget_holds_and_leaves_no_trace(
+    model: torch.nn.Module,
+) -> None:
+    seen: list[tuple[int, ...]] = []
+    watched = Bent(model, lambda batch: seen.append(tuple(batch.ids.shape)) or torch.rand(()).item())  # type: ignore[func-returns-value]
+    before = TrialRng(1, CPU).state()[0]["torch"]
+    training, said = probed(model, 100, watched)
+    assert seen == [(3, 33)]
+    assert said == "token budget 100: a probe with 3 rows of up to 33 tokens fits"
+    assert torch.equal(training.rng.state()[0]["torch"], before)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert (training.trained.step, training.trained.tokens) == (0, 0)
+    assert model.training
+
+
+def test_a_probe_that_runs_out_of_memory_halves_the_budget_and_says_so(model: torch.nn.Module) -> None:
+    training, said = probed(model, 128, out_of_memory_above(model, 70))
+    assert training.trained.token_budget == 64
+    assert said == "token budget 64: a probe with 3 rows of up to 33 tokens ran out of memory under 128"
+    with pytest.raises(OutOfMemory, match="one row of 33 tokens must fit"):
+        probed(model, 128, out_of_memory_above(model, 10))
 
 
 def test_a_golden_loss(model: torch.nn.Module) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import weakref
+from array import array
 from collections.abc import Iterable
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -16,8 +18,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from sweeps.spec import LoraSpec, ModelSpec, OptimizerSpec, TrainSpec, TrialSpec
 from sweeps.trial.adapter import attach
 from sweeps.trial.base import Base, load_base, make_optimizer, optimizer_state
-from sweeps.trial.batches import MicroBatch
-from sweeps.trial.finetune import row_losses
+from sweeps.trial.batches import micro_batches
+from sweeps.trial.data import TokenRow
+from sweeps.trial.loss import loss_of
 from sweeps.trial.memory import base_bytes, scoring_memory, training_memory, widths
 from sweeps.trial.outline import outline_of
 from sweeps.trial.targets import linear_layers
@@ -82,17 +85,20 @@ def random_base(model_type: str, dtype: str, **sizes: Any) -> Base:
 
 def peak_of_a_step(base: Base, spec: TrialSpec, rows: int = ROWS, longest: int = LONGEST) -> int:
     """Bytes above the weights, the adapter and its gradients in a second micro-batch."""
-    ids = torch.randint(0, 1000, (rows, longest))
-    batch = MicroBatch(ids, ids[:, 1:].clone(), rows * longest)
+    tokens = [TokenRow(array("i", Random(row).choices(range(1000), k=longest))) for row in range(rows)]
+    (batch,) = micro_batches(tokens, rows * longest)
     with attach(base, spec.lora, 0) as adapter:
         if spec.train and spec.train.gradient_checkpointing:
             adapter.enable_gradient_checkpointing()
         base.model.train()
-        row_losses(base.model, batch).sum().backward()  # the gradients are there now
+        loss = loss_of(base.model)
+        loss.backward(batch)  # the gradients are there now
         gradients = [parameter.grad for parameter in adapter.parameters() if parameter.grad is not None]
         weights = [*base.model.parameters(), *base.model.buffers()]
-        with Allocated([*weights, *gradients, batch.ids, batch.labels]) as allocated:
-            row_losses(base.model, batch).sum().backward()
+        with Allocated(
+            [*weights, *gradients, batch.ids, batch.places, batch.targets, batch.weights]
+        ) as allocated:
+            loss.backward(batch)
     return allocated.peak
 
 
@@ -216,9 +222,7 @@ def test_eager_attention_keeps_its_scores_which_grow_with_the_row() -> None:
     base = random_base("llama", "bfloat16")
     spec = spec_of(base)
     eager = spec.model_copy(update={"model": spec.model.model_copy(update={"attention": "eager"})})
-    more = {
-        longest: predicted_step(base, eager, 1, longest) - predicted_step(base, spec, 1, longest)
-        for longest in (100, 200)
-    }
+    one_row = {longest: predicted_step(base, eager, 1, longest) for longest in (100, 200)}
     blocks_and_heads = 4 * 4
-    assert more[200] == 4 * more[100] == blocks_and_heads * 200 * 200 * (4 + 2)
+    beside_what_grows_in_a_line = one_row[200] - 2 * one_row[100]
+    assert beside_what_grows_in_a_line == blocks_and_heads * (200**2 - 2 * 100**2) * (4 + 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,6 @@ from sweeps.errors import EvaluationFailed, Interrupted, TrialError
 from sweeps.result import Progress, TrialResult
 from sweeps.spec import TrialSpec
 from sweeps.trial import adapter as adapters
-from sweeps.trial import budget as budgets
 from sweeps.trial import checkpoint as checkpoints
 from sweeps.trial import evaluate as evaluation
 from sweeps.trial import finetune as loop
@@ -26,8 +26,11 @@ from sweeps.trial import lock as locks
 from sweeps.trial import paths
 from sweeps.trial import run as trial
 from sweeps.trial.base import Resident
+from sweeps.trial.batches import MicroBatch
+from sweeps.trial.budget import Choice, Room
 from sweeps.trial.keeping import Keeping
 from sweeps.trial.lock import FolderLock
+from sweeps.trial.loss import ChunkedLoss
 from sweeps.trial.paths import TrialFolder
 from tests.tiny import changed, save_task, tiny_spec
 
@@ -264,7 +267,7 @@ def test_a_resumed_trial_has_the_token_budget_that_it_began_with(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     attempt(spec, resident, tmp_path, stopped_after(2))
-    monkeypatch.setattr(trial, "token_budget", lambda *_: (1, "token budget 1: all memory is taken"))
+    monkeypatch.setattr(trial, "choose", lambda *_: Choice(1, False, ("token budget 1: all is taken",)))
     result, _ = attempt(spec, resident, tmp_path)
     assert_equal(tmp_path, uncut(spec))
     assert [note for note in result.notes if "token budget" in note] == [
@@ -284,13 +287,13 @@ def test_a_resumed_trial_recomputes_activations_if_it_did_before(
         lambda adapter: (turned_on.append(1), enable(adapter)),
     )
     with monkeypatch.context() as patch:
-        patch.setattr(budgets, "_free_bytes", lambda _: 10**6)
+        patch.setattr(Room, "on", lambda _: Room(1e6, on_cpu=True))
         attempt(spec, resident, tmp_path, stopped_after(2))
     result, _ = attempt(spec, resident, tmp_path)
     assert turned_on == [1, 1]
     said = [note for note in result.notes if note.startswith("gradient checkpointing")]
     assert len(said) == 1
-    assert said[0].startswith("gradient checkpointing on: without it 59 tokens fit, ")
+    assert re.match(r"gradient checkpointing on: without it \d+ tokens fit, ", said[0])
 
 
 def test_seconds_and_tokens_add_up_and_peaks_are_the_highest(
@@ -476,15 +479,15 @@ def test_a_checkpoint_of_another_trial_device_or_format_is_refused(
 
 
 def short_of_memory(above: int, from_call: int) -> Callable[..., torch.Tensor]:
-    """`row_losses`, but from that call on more than `above` tokens at once do not fit."""
-    real, calls = loop.row_losses, iter(range(1, 10_000))
+    """`ChunkedLoss.backward`, but from that call on more than `above` tokens at once do not fit."""
+    real, calls = ChunkedLoss.backward, iter(range(1, 10_000))
 
-    def losses(model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        if next(calls) >= from_call and model.training and batch.ids.numel() > above:
+    def backward(self: ChunkedLoss, batch: MicroBatch) -> torch.Tensor:
+        if next(calls) >= from_call and batch.ids.numel() > above:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return real(model, batch)
+        return real(self, batch)
 
-    return losses
+    return backward
 
 
 def test_a_halved_token_budget_outlives_the_cut(
@@ -492,10 +495,10 @@ def test_a_halved_token_budget_outlives_the_cut(
 ) -> None:
     spec = changed(spec, train__token_budget=1000)
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "row_losses", short_of_memory(240, from_call=3))
+        patch.setattr(ChunkedLoss, "backward", short_of_memory(240, from_call=3))
         assert attempt(spec, resident, tmp_path / "uncut")[0].outcome == "completed"
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "row_losses", short_of_memory(240, from_call=3))
+        patch.setattr(ChunkedLoss, "backward", short_of_memory(240, from_call=3))
         attempt(spec, resident, tmp_path / "cut", stopped_after(4))
     result, _ = attempt(spec, resident, tmp_path / "cut")  # memory is free again, and not taken
     assert_equal(tmp_path / "cut", tmp_path / "uncut")
@@ -506,7 +509,7 @@ def test_one_row_that_never_fits_ends_a_resumed_trial_as_out_of_memory(
     spec: TrialSpec, resident: Resident, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attempt(spec, resident, tmp_path, stopped_after(2))
-    monkeypatch.setattr(loop, "row_losses", short_of_memory(1, from_call=1))
+    monkeypatch.setattr(ChunkedLoss, "backward", short_of_memory(1, from_call=1))
     result, _ = attempt(spec, resident, tmp_path)
     assert result.failure is not None
     assert result.failure.kind == "out_of_memory"
