@@ -270,7 +270,11 @@ class EvaluateSpec(Part):
         None, description="Examples before each question; the task's own if unset."
     )
     limit: PositiveInt | None = Field(None, description="Only the first documents of each task.")
-    batch_size: PositiveInt = Field(16, description="Rows that are scored together.")
+    batch_size: PositiveInt = Field(
+        16,
+        description="How much is scored together: batches of 512 tokens for each, on a CPU of 2,048 at the "
+        "most; or so many rows, where a model must be scored row by row.",
+    )
     harness: Annotated[Literal["current", "2023"], BeforeValidator(_as_text)] = Field(
         "current",
         description="Requests as lm-eval makes them now, or as it made them in 2023 (the article): no "

@@ -11,16 +11,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
-import json
 import logging
-import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lm_eval
-import numpy as np
 import torch
 import tqdm  # type: ignore[import-untyped]
 from lm_eval.api import metrics as lm_eval_metrics
@@ -29,13 +27,23 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from sweeps.errors import DownloadFailed, EvaluationFailed, Interrupted, TrialError
-from sweeps.result import Score
 from sweeps.spec import EvaluateSpec
 from sweeps.trial.causes import hub_not_reached
+from sweeps.trial.judged import Evaluation, read
 from sweeps.trial.keeping import never
+from sweeps.trial.prefixtree import Plan, Request, make_plan
 from sweeps.trial.rng import TrialRng
-from sweeps.trial.rows import fewshot_count, take_local_rows
+from sweeps.trial.rows import (
+    NOT_A_FILE,
+    contents,
+    fewshot_count,
+    local_files,
+    take_local_rows,
+    task_files,
+)
+from sweeps.trial.scoring import CannotShare, obstacle, pair_cost, score, token_budget
 from sweeps.trial.tasks import index_roots, task_names
+from sweeps.trial.tokencache import tokenizer_state
 
 __all__ = ["Evaluation", "evaluate", "make_lm", "task_names"]
 
@@ -45,50 +53,27 @@ _BLIMP = "nyu-mll/blimp"
 _SEED, _PYTHON_SEED = 1234, 0  # those of lm_eval.simple_evaluate
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """What the benchmarks said.
-
-    `scores` has one score for each requested benchmark, and for each group that lm-eval gives a score to; a
-    tag, or a group without a score of its own, gives those of its benchmarks instead. `report` is plain data:
-
-        {"lm_eval": version, "harness": "current", "limit": ..., "warnings": [...],
-         "tasks": {name: {"version", "fewshot", "documents",
-                          "metrics": {"acc,none": {"value", "stderr"}},
-                          "per_document": {"doc_hash": [...], "acc,none": [...], "loglikelihoods": [[...]]}}},
-         "groups": {name: {"members": [...], "metrics": {...}}}}
-
-    The lists under `per_document` are in the order of the documents, for paired tests. A metric's name is
-    followed by the filter that the answers went through. A standard error is None where the metric is not a
-    mean over documents.
-    """
-
-    scores: dict[str, Score]
-    report: dict[str, Any]
-
-    def to_json(self) -> str:
-        """Scores and report as one JSON text."""
-        scores = {name: score.model_dump(mode="json") for name, score in self.scores.items()}
-        return json.dumps({"scores": scores, **self.report}, allow_nan=False) + "\n"
-
-
 def evaluate(
     model: torch.nn.Module, tokenizer: Any, spec: EvaluateSpec, should_stop: Callable[[], bool] = never
 ) -> Evaluation:
     """Score a causal language model on every benchmark of `spec`.
 
     The model may carry an adapter and 4-bit weights; it is moved nowhere, and neither it, the tokenizer nor
-    the random numbers of the process are changed. Raises `BadData` where a file of rows is missing or
-    malformed, `DownloadFailed` where the hub was not reached, `EvaluationFailed` for whatever else a
-    benchmark raises, and `Interrupted` once `should_stop`, asked before each batch, says yes.
+    the random numbers of the process are changed. The benchmarks' prompts, and the plan by which they are
+    scored, are kept for the next evaluation of an equal `spec`. Raises `BadData` where a file of rows is
+    missing or malformed, `DownloadFailed` where the hub was not reached, `EvaluationFailed` for whatever else
+    a benchmark raises, and `Interrupted` once `should_stop`, asked before each batch, says yes.
     """
     needs = "a causal language model and a tokenizer of transformers are needed"
     with _quiet(), _failing_as("lm-eval must take the model", needs):  # its warnings of this are not kept
         lm = make_lm(model, tokenizer, spec, should_stop)
+    prepared = _prepared(spec)
     with _quiet() as warnings, TrialRng(_SEED, lm.device).active(), _evaluating(model), torch.no_grad():
-        random.seed(_PYTHON_SEED)
-        loaded = {name: _load(name, spec) for name in spec.tasks}  # all, before the first is scored
-        parts = [_score(name, benchmark, lm, spec) for name, benchmark in loaded.items()]
+        warnings.texts |= prepared.warnings
+        if isinstance(lm, TreeLM):
+            lm.expect(prepared)
+        parts = [_score(name, benchmark, lm, spec) for name, benchmark in prepared.take().items()]
+    ours = isinstance(lm, TreeLM)
     return Evaluation(
         scores={name: score for part in parts for name, score in part.scores.items()},
         report={
@@ -96,17 +81,18 @@ def evaluate(
             "harness": spec.harness,
             "limit": spec.limit,
             "warnings": list(warnings.texts.values()),
+            "scoring": lm.facts if ours else {},
             "tasks": {name: task for part in parts for name, task in part.report["tasks"].items()},
             "groups": {name: group for part in parts for name, group in part.report["groups"].items()},
         },
+        notes=tuple(lm.notes) if ours else (),
     )
 
 
 def check(spec: EvaluateSpec) -> None:
     """Raise what `evaluate` would of a benchmark that does not load: before hours of training, not after."""
-    with _quiet(), TrialRng(_SEED, torch.device("cpu")).active():
-        for name in spec.tasks:
-            _load(name, spec)
+    if spec.tasks:
+        _prepared(spec)
 
 
 def make_lm(
@@ -116,15 +102,129 @@ def make_lm(
     # A copy of the tokenizer, which may get a pad token and has its padding and truncation set.
     live, own = _LiveModel(model, should_stop), copy.deepcopy(tokenizer)
     if spec.harness == "current":
-        return HFLM(pretrained=live, tokenizer=own, batch_size=spec.batch_size)
+        return TreeLM(live, own, spec)
     # In 2023 no text began with BOS, and what has no context came behind EOS.
-    return HFLM(
-        pretrained=live,
-        tokenizer=own,
-        batch_size=spec.batch_size,
-        add_bos_token=False,
-        prefix_token_id=own.eos_token_id,
-    )
+    return TreeLM(live, own, spec, add_bos_token=False, prefix_token_id=own.eos_token_id)
+
+
+class TreeLM(HFLM):
+    """HFLM, which makes tokens of texts and generates; what all benchmarks ask is scored at once, as a tree.
+
+    Each distinct pair of context and continuation is scored once, and what several begin with is computed
+    once. A model that cannot do so is scored by HFLM itself, row by row, and `notes` and lm-eval's warnings
+    say why. `facts` is for the report.
+    """
+
+    def __init__(self, live: _LiveModel, tokenizer: Any, spec: EvaluateSpec, **settings: Any) -> None:
+        super().__init__(pretrained=live, tokenizer=tokenizer, batch_size=spec.batch_size, **settings)
+        self._live = live
+        self._budget = token_budget(spec, live.device)
+        self._prepared: _Prepared | None = None
+        self._answers: dict[_Pair, tuple[float, bool]] = {}
+        self._known: dict[str, list[int]] | None = None
+        self._reason = obstacle(live.whole)
+        self.notes: list[str] = []
+        self.facts: dict[str, Any] = {}
+
+    def expect(self, prepared: _Prepared) -> None:
+        """These requests are coming: the first that is asked has all of them scored."""
+        self._prepared = prepared
+
+    def loglikelihood(self, requests: list[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        if any(request.args not in self._answers for request in requests):
+            expected = self._prepared.asked if self._prepared else ()
+            distinct = {request.args: request for request in (*expected, *requests)}
+            answers = self._scored(distinct, disable_tqdm)
+            self._answers |= zip(distinct, answers, strict=True)
+        return [self._answers[request.args] for request in requests]
+
+    def _scored(self, distinct: Mapping[_Pair, Any], disable_tqdm: bool) -> list[tuple[float, bool]]:
+        planned = self._prepared.planned if self._prepared else None
+        if planned is not None and not self._reason and planned.fits(self._plan_key(), distinct):
+            return self._by(planned)
+        self._known = {}
+        try:
+            # It makes tokens of the texts, and gives them to the method below.
+            return list(super().loglikelihood(list(distinct.values()), disable_tqdm=disable_tqdm))
+        finally:
+            self._known = None
+
+    def _loglikelihood_tokens(
+        self, requests: list[_Encoded], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
+        if override_bs is not None:  # windows of long texts, which share nothing
+            return list(super()._loglikelihood_tokens(requests, disable_tqdm, override_bs))
+        if self._reason:
+            return self._row_by_row(requests)
+        planned = self._plan(requests)
+        if self._prepared is not None:
+            self._prepared.planned = planned
+        return self._by(planned)
+
+    def _by(self, planned: _Planned) -> list[tuple[float, bool]]:
+        if planned.warning:
+            _logger.warning("%s", planned.warning)
+        answers = []
+        try:
+            answers = score(self._live.whole, planned.plan, self._live._stop_if_asked)
+        except CannotShare as reason:
+            self._reason = str(reason)
+        if self._reason:  # not within the handler, which holds on to what was computed
+            return self._row_by_row(planned.encoded)
+        self.facts = {
+            "way": "tree",
+            "requests": len(planned.plan.requests),
+            "tokens": planned.plan.tokens,
+            "plain_tokens": planned.plan.plain_tokens,
+            "token_budget": self._budget,
+        }
+        return [(answers[number].loglikelihood, answers[number].is_greedy) for number in planned.numbers]
+
+    def _row_by_row(self, requests: list[_Encoded]) -> list[tuple[float, bool]]:
+        note = f"benchmarks scored row by row, which takes longer: {self._reason}"
+        self.notes.append(note)
+        self.facts = {"way": "rows", "reason": self._reason}
+        _logger.warning("%s", note)
+        # Of one text split in two ways it reads the shorter continuation at the places of the longer one.
+        texts = {(tuple(before + after[:-1]), len(after)) for _, before, after in requests}
+        if len({text for text, _ in texts}) < len(texts):
+            self.logits_cache = False
+        return list(super()._loglikelihood_tokens(requests, disable_tqdm=True))
+
+    def _plan(self, requests: list[_Encoded]) -> _Planned:
+        numbers: dict[Request, int] = {}
+        places, cut = [], 0
+        for (context, continuation), before, after in requests:
+            if not before or not 0 < len(after) <= self.max_length:
+                raise ValueError(
+                    f"a continuation must have 1 to {self.max_length} tokens behind at least one, got "
+                    f"{len(before)} and {len(after)} of {context[-40:]!r} and {continuation[:40]!r}"
+                )
+            tokens = before + after
+            cut += len(tokens) > self.max_length + 1
+            request = Request(tuple(tokens[-(self.max_length + 1) :]), len(after))
+            places.append(numbers.setdefault(request, len(numbers)))
+        cost = pair_cost(self._live.whole)
+        warning = cut and (
+            f"{cut} requests have a context and continuation whose combined length exceeds model's maximum "
+            f"length ({self.max_length}): cut from the left"
+        )
+        plan = make_plan(tuple(numbers), self._budget, cost)
+        return _Planned(self._plan_key(), requests, places, plan, warning or "")
+
+    def _plan_key(self) -> tuple[Any, ...] | None:
+        """All that the tokens and the plan follow from, beside the texts; None if that cannot be told."""
+        state = tokenizer_state(self.tokenizer)
+        settings = self.add_bos_token, self.prefix_token_id, self.max_length
+        return None if state is None else (state, *settings, self._budget, pair_cost(self._live.whole))
+
+    def tok_encode(self, string: str, *args: Any, **kwargs: Any) -> list[int]:
+        """A context is asked for with each of its continuations."""
+        if self._known is None or args or kwargs:
+            return list(super().tok_encode(string, *args, **kwargs))
+        if string not in self._known:
+            self._known[string] = super().tok_encode(string)
+        return self._known[string]
 
 
 class _LiveModel:
@@ -135,7 +235,7 @@ class _LiveModel:
     """
 
     def __init__(self, model: Any, should_stop: Callable[[], bool]) -> None:
-        self._model = model
+        self.whole = self._model = model
         self._should_stop = should_stop
         self.config = model.config
         self.device = next(model.parameters()).device
@@ -227,9 +327,92 @@ def _quiet() -> Iterator[_Warnings]:
 
 # --- tasks and their rows ---------------------------------------------------------------------------
 
+_Pair = tuple[str, str]
+_Encoded = tuple[_Pair, list[int], list[int]]
 
-def _load(name: str, spec: EvaluateSpec) -> Any:
-    """lm-eval's tasks (and groups) behind one requested name, with their rows."""
+
+@dataclass(frozen=True, eq=False)
+class _Planned:
+    """Requests as tokens, the number in the plan of each, and the plan, made under `key`."""
+
+    key: tuple[Any, ...] | None
+    encoded: list[_Encoded]
+    numbers: list[int]
+    plan: Plan
+    warning: str
+
+    def fits(self, key: tuple[Any, ...] | None, asked: Iterable[_Pair]) -> bool:
+        """Whether the plan is for these texts, and would be made again."""
+        return key is not None and key == self.key and [pair for pair, _, _ in self.encoded] == list(asked)
+
+
+@dataclass(eq=False)
+class _Prepared:
+    """Benchmarks with their rows and prompts, made from a spec and the content of files; then also a plan."""
+
+    settings: str
+    files: Mapping[Path, str | None]
+    benchmarks: dict[str, Any]
+    warnings: dict[tuple[str, int], str]
+    planned: _Planned | None = None
+
+    @property
+    def instances(self) -> Iterator[Any]:
+        """Every request of lm-eval's, in its order."""
+        for benchmark in self.benchmarks.values():
+            for task in benchmark["tasks"].values():
+                yield from task.instances
+
+    @property
+    def asked(self) -> list[Any]:
+        """Those that want a log-likelihood."""
+        return [instance for instance in self.instances if instance.request_type == "loglikelihood"]
+
+    def holds(self, spec: EvaluateSpec) -> bool:
+        """Whether every file holds what it held when it was read."""
+        return contents(self.files) == self.files and task_files(spec) <= set(self.files)
+
+    def take(self) -> dict[str, Any]:
+        """The benchmarks, without what an evaluation before this one has answered."""
+        for instance in self.instances:
+            instance.resps, instance.filtered_resps = [], {}
+        return self.benchmarks
+
+
+_kept: list[_Prepared] = []  # at most one: what the next trial in this process asks, as a rule
+
+
+def _prepared(spec: EvaluateSpec) -> _Prepared:
+    """The benchmarks of `spec`, all loaded and asked for their prompts before the first is scored.
+
+    Those kept from before are taken if the spec is equal in what decides of prompts, and every local file
+    holds what it held.
+    """
+    settings = spec.model_dump_json(exclude={"weights", "batch_size"})
+    if _kept and _kept[0].settings == settings and _kept[0].holds(spec):
+        return _kept[0]
+    _kept.clear()  # gone before the next is loaded
+    with _quiet() as warnings, TrialRng(_SEED, torch.device("cpu")).active():
+        random.seed(_PYTHON_SEED)
+        files = dict(contents(task_files(spec)))
+        benchmarks = {name: _load(name, spec, files) for name in spec.tasks}
+        for name, benchmark in benchmarks.items():
+            with _failing_as(f"the benchmark {name} must give a score", _remedy(spec)):
+                for task in benchmark["tasks"].values():
+                    task.build_all_requests(limit=spec.limit, rank=0, world_size=1)
+                    task.build_all_requests = _built
+    prepared = _Prepared(settings, files, benchmarks, dict(warnings.texts))
+    if NOT_A_FILE not in files.values():
+        _kept.append(prepared)
+    return prepared
+
+
+def _built(**_: Any) -> None:
+    """In the place of a task's `build_all_requests`: lm-eval asks for prompts again, which are there."""
+
+
+def _load(name: str, spec: EvaluateSpec, files: dict[Path, str | None]) -> Any:
+    """lm-eval's tasks (and groups) behind one requested name, with their rows; adds the files of these."""
     roots = index_roots(name, spec.task_dir)
     if not roots:
         nearest = difflib.get_close_matches(name, task_names(spec.task_dir), n=1)
@@ -238,7 +421,7 @@ def _load(name: str, spec: EvaluateSpec) -> Any:
             + (f"did you mean {nearest[0]}?" if nearest else "see `lm-eval ls tasks`")
         )
     remedy = f"where the hub is out of reach, its rows go into evaluate.data_dir as {name}.jsonl"
-    with _failing_as(f"the benchmark {name} must load", remedy), _local_rows(spec):
+    with _failing_as(f"the benchmark {name} must load", remedy), _local_rows(spec, files):
         loaded = TaskManager(include_defaults=False, include_path=roots).load([name])
         for task in loaded["tasks"].values():
             _set_fewshot(task, spec.num_fewshot)
@@ -259,7 +442,7 @@ def _set_fewshot(task: Any, wanted: int | None) -> None:
 
 
 @contextlib.contextmanager
-def _local_rows(spec: EvaluateSpec) -> Iterator[None]:
+def _local_rows(spec: EvaluateSpec, files: dict[Path, str | None]) -> Iterator[None]:
     """Tasks that load inside the block take their rows from local files where there are any.
 
     The members of a group cannot be told one by one where their rows are, so it is the method by which every
@@ -268,6 +451,7 @@ def _local_rows(spec: EvaluateSpec) -> Iterator[None]:
     from_hub = ConfigurableTask.download
 
     def download(task: Any, dataset_kwargs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        files.update(contents(local_files(task, spec)))  # before they are read: who edits them later is seen
         if not take_local_rows(task, spec):
             from_hub(task, dataset_kwargs, **kwargs)
 
@@ -283,154 +467,14 @@ def _local_rows(spec: EvaluateSpec) -> Iterator[None]:
 
 def _score(name: str, benchmark: Any, lm: HFLM, spec: EvaluateSpec) -> Evaluation:
     """Score what is behind one requested name."""
-    remedy = (
-        f"see whether its rows in {spec.data_dir} have the hub's columns"
-        if spec.data_dir
-        else "see whether lm-eval alone can score it, or drop it from evaluate.tasks"
-    )
-    with _failing_as(f"the benchmark {name} must give a score", remedy):
+    with _failing_as(f"the benchmark {name} must give a score", _remedy(spec)):
         # Not simple_evaluate, which then spends a second on a description of the machine. No bootstrap: it
         # starts processes, and the standard error of a mean needs none.
         results = lm_eval.evaluate(lm=lm, task_dict=benchmark, limit=spec.limit, bootstrap_iters=0)
-        return _read(name, benchmark, results)
+        return read(name, benchmark, results, lm_eval_metrics.mean)
 
 
-def _read(name: str, benchmark: Any, results: Mapping[str, Any]) -> Evaluation:
-    """The scores of one requested name, with the `tasks` and `groups` of the report."""
-    columns = {
-        member: _columns(task, results["samples"][member]) for member, task in benchmark["tasks"].items()
-    }
-    scores = {
-        member: _task_scores(task, results["results"][member], columns[member])
-        for member, task in benchmark["tasks"].items()
-    }
-    documents = {member: results["n-samples"][member]["effective"] for member in scores}
-    groups = {label: _group_scores(group, scores, documents) for label, group in benchmark["groups"].items()}
-    tasks_report = {
-        member: {
-            "version": _plain(results["versions"][member]),
-            "fewshot": results["n-shot"][member],
-            "documents": documents[member],
-            "metrics": _metrics_report(scores[member]),
-            "per_document": {key: _plain(column) for key, column in columns[member].items()},
-        }
-        for member in scores
-    }
-    groups_report = {
-        label: {"members": group.child_names, "metrics": _metrics_report(groups[label])}
-        for label, group in benchmark["groups"].items()
-    }
-    own = {name: groups[name]} if groups.get(name) else scores
-    return Evaluation(
-        scores={label: _main(metrics) for label, metrics in own.items()},
-        report={"tasks": tasks_report, "groups": groups_report},
-    )
-
-
-_Column = list[Any]
-_Scores = dict[str, Score]  # by metric and filter: "acc,none"
-
-
-def _columns(task: Any, samples: Sequence[Mapping[str, Any]]) -> dict[str, _Column]:
-    """Each document's hash, values and log-likelihoods, in the order of the documents."""
-    by_filter: dict[str, list[Mapping[str, Any]]] = {}
-    for sample in samples:
-        by_filter.setdefault(sample["filter"], []).append(sample)
-    first = next(iter(by_filter.values()))
-    columns: dict[str, _Column] = {"doc_hash": [sample["doc_hash"] for sample in first]}
-    for name, rows in by_filter.items():
-        for metric in dict.fromkeys(metric for row in rows for metric in row["metrics"]):
-            columns[f"{metric},{name}"] = [row[metric] if metric in row["metrics"] else None for row in rows]
-    if task.OUTPUT_TYPE != "generate_until":
-        columns["loglikelihoods"] = [_loglikelihoods(task, sample) for sample in first]
-    return columns
-
-
-def _loglikelihoods(task: Any, sample: Mapping[str, Any]) -> list[float]:
-    """One for each choice of a document; `EvaluationFailed` if one is not finite.
-
-    Of choices that are not numbers lm-eval takes the first, which in BLiMP and MC1 is always the right one: a
-    model that diverged would get a perfect score.
-    """
-    first_tries = [tries[0] for tries in sample["resps"]]
-    values = [float(answer[0] if isinstance(answer, tuple) else answer) for answer in first_tries]
-    if not all(map(math.isfinite, values)):
-        raise EvaluationFailed(
-            f"log-likelihoods must be finite, got {values} for document {sample['doc_id']} of "
-            f"{task.task_name}: the model's weights or activations are not; lower optimizer.lr or lora.alpha"
-        )
-    return values
-
-
-def _task_scores(task: Any, results: Mapping[str, Any], columns: Mapping[str, _Column]) -> _Scores:
-    """Every metric of one task, by lm-eval, with a standard error by us."""
-    scores = {}
-    for key, column in columns.items():
-        metric, _, _ = key.partition(",")
-        if key in results:
-            values = [value for value in column if value is not None]
-            aggregation = task.aggregation().get(metric, lm_eval_metrics.mean)
-            stderr = _stderr_of_mean(values) if aggregation is lm_eval_metrics.mean else None
-            scores[key] = Score(value=results[key], stderr=stderr, metric=metric, documents=len(values))
-    return scores
-
-
-def _stderr_of_mean(values: Sequence[float]) -> float | None:
-    """s / sqrt(n) with the sample's standard deviation s (n - 1); None for fewer than two documents."""
-    if len(values) < 2:
-        return None
-    return float(np.std(values, ddof=1)) / math.sqrt(len(values))
-
-
-def _group_scores(group: Any, scores: Mapping[str, _Scores], documents: Mapping[str, int]) -> _Scores:
-    """What lm-eval makes of the members' scores; empty for a group that has no score of its own."""
-    rows = {name: _lm_eval_row(scores[name]) | {"sample_len": documents[name]} for name in scores}
-    row = group.aggregate(rows)
-    values = {key: value for key, value in row.items() if "," in key and "_stderr," not in key}
-    return {
-        key: Score(
-            value=value,
-            stderr=None if (stderr := row[_stderr_key(key)]) == "N/A" else stderr,
-            metric=key.partition(",")[0],
-            documents=row["sample_count"][key],
-        )
-        for key, value in values.items()
-    }
-
-
-def _lm_eval_row(scores: _Scores) -> dict[str, Any]:
-    """A task's scores as lm-eval writes them."""
-    values = {key: score.value for key, score in scores.items()}
-    stderrs = {
-        _stderr_key(key): "N/A" if score.stderr is None else score.stderr for key, score in scores.items()
-    }
-    return values | stderrs
-
-
-def _stderr_key(key: str) -> str:
-    metric, _, name = key.partition(",")
-    return f"{metric}_stderr,{name}"
-
-
-def _main(scores: _Scores) -> Score:
-    """The task's accuracy, or else its first metric."""
-    return next((score for score in scores.values() if score.metric == "acc"), next(iter(scores.values())))
-
-
-def _metrics_report(scores: _Scores) -> dict[str, Any]:
-    return {
-        key: {"value": _plain(score.value), "stderr": _plain(score.stderr)} for key, score in scores.items()
-    }
-
-
-def _plain(value: Any) -> Any:
-    """As JSON has it; a number that is not finite becomes its name, as in our other files."""
-    if isinstance(value, np.generic | np.ndarray):
-        return _plain(value.tolist())
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    return value if value is None or isinstance(value, str | int | float) else str(value)
+def _remedy(spec: EvaluateSpec) -> str:
+    if spec.data_dir:
+        return f"see whether its rows in {spec.data_dir} have the hub's columns"
+    return "see whether lm-eval alone can score it, or drop it from evaluate.tasks"

@@ -7,8 +7,9 @@ rows of each split.
 from __future__ import annotations
 
 import functools
+import hashlib
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from sweeps.trial.readers import read_file
 
 _FILE_FORMATS = {"arrow", "csv", "json", "parquet", "text"}  # as `dataset_path`, these stand for files
 _DEV_SPLIT = "rows of <task>_dev.jsonl"
+_TASK_FILES = {".yaml", ".yml", ".py", ".jinja", ".txt", ".json"}
+NOT_A_FILE = "a folder or a pattern: what it stands for may change"
 
 
 def take_local_rows(task: Any, spec: EvaluateSpec) -> bool:
@@ -44,6 +47,40 @@ def take_local_rows(task: Any, spec: EvaluateSpec) -> bool:
     return True
 
 
+def local_files(task: Any, spec: EvaluateSpec) -> list[Path]:
+    """Every file that decides which rows `take_local_rows` gives, one that does not exist included."""
+    files = []
+    if spec.data_dir is not None:
+        given = Path(spec.data_dir) / f"{task.config.task}.jsonl"
+        files += [given, _dev_file(given)]
+    if _names_local_files(task):
+        named = _absolute(task.config.dataset_kwargs["data_files"], _task_folder(task))
+        files += [Path(file) for file in _flat(named)]
+    return files
+
+
+def contents(files: Iterable[Path]) -> Mapping[Path, str | None]:
+    """A digest of each file's content, None where there is none."""
+    return {file: _content(file) for file in files}
+
+
+def _content(file: Path) -> str | None:
+    if file.is_dir() or any(sign in str(file) for sign in "*?["):
+        return NOT_A_FILE
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def task_files(spec: EvaluateSpec) -> set[Path]:
+    """The task files of `task_dir`, and the code and templates beside them."""
+    if spec.task_dir is None:
+        return set()
+    return {file for file in Path(spec.task_dir).rglob("*") if file.suffix in _TASK_FILES}
+
+
 def fewshot_count(own: int | None, wanted: int | None) -> int:
     """How many few-shot rows a task gets, as lm-eval has it: a task that says 0 itself keeps it."""
     return own or 0 if wanted is None or own == 0 else wanted
@@ -59,7 +96,7 @@ def _take_given_rows(task: Any, file: Path, num_fewshot: int | None) -> None:
     drawn_from = fewshot.split or config.training_split or config.validation_split
     named = {config.training_split, config.validation_split, config.test_split, fewshot.split} - {None}
     task.dataset = dict.fromkeys(named, _read_rows(file))  # also a split that is not used must be there
-    dev = file.with_name(f"{file.stem}_dev.jsonl")
+    dev = _dev_file(file)
     if dev.exists():
         task.dataset[_DEV_SPLIT] = _read_rows(dev)
         fewshot.split = _DEV_SPLIT
@@ -82,8 +119,8 @@ def _names_local_files(task: Any) -> bool:
 def _take_named_files(task: Any) -> None:
     """The files that a task file names; a relative path starts at the folder of the task file."""
     config = task.config
-    folder = Path((config.metadata or {}).get("config_source", "")).parent
-    settings = {**config.dataset_kwargs, "data_files": _absolute(config.dataset_kwargs["data_files"], folder)}
+    files = _absolute(config.dataset_kwargs["data_files"], _task_folder(task))
+    settings = {**config.dataset_kwargs, "data_files": files}
     settings.pop("trust_remote_code", None)  # as lm-eval does: nothing here runs code
     # The library's cache tells files apart by path and time alone, and so may hold rows of an older content.
     with tempfile.TemporaryDirectory(prefix="sweeps-rows-") as cache:
@@ -108,6 +145,21 @@ def _once(process_docs: Callable[[Any], Any] | None) -> Callable[[Any], Any] | N
         return done[id(rows)]
 
     return processed
+
+
+def _dev_file(file: Path) -> Path:
+    return file.with_name(f"{file.stem}_dev.jsonl")
+
+
+def _task_folder(task: Any) -> Path:
+    return Path((task.config.metadata or {}).get("config_source", "")).parent
+
+
+def _flat(files: Any) -> list[str]:
+    if isinstance(files, str):
+        return [files]
+    parts = files.values() if isinstance(files, Mapping) else files
+    return [file for part in parts for file in _flat(part)]
 
 
 def _is_remote(files: Any) -> bool:

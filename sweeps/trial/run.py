@@ -307,6 +307,7 @@ def _evaluate(
     account.evaluation.start()
     evaluation = evaluate(model, base.tokenizer, spec.evaluate, keeping.should_stop)
     account.evaluation.pause()
+    account.notes += evaluation.notes
     account.scores = evaluation.scores
     write_whole(files.evaluation, evaluation.to_json())
 

@@ -19,6 +19,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from tqdm import tqdm
@@ -30,6 +31,8 @@ from sweeps.trial import evaluate as evaluation
 from sweeps.trial.adapter import attach
 from sweeps.trial.base import Base, load_base
 from sweeps.trial.evaluate import Evaluation, evaluate
+from sweeps.trial.judged import plain as plain_data
+from sweeps.trial.prefixtree import Plan, Request, make_plan
 from tests.bench import ROWS, RecordingLM, write_jsonl, write_rows
 
 PAIR = """
@@ -51,9 +54,55 @@ PAIR_ROWS = [
 ]
 
 
+def _ending(activity: str, answer: int, *endings: str) -> dict[str, Any]:
+    begun = {"ctx_a": f"{activity} begins [title] slowly.", "ctx_b": "then she"}
+    return {"activity_label": activity, **begun, "endings": [*endings, "sleeps."], "label": str(answer)}
+
+
+def _science(question: str, answer: str, *texts: str) -> dict[str, Any]:
+    labels = ["A", "B", "C", "D"][: len(texts)]
+    return {"question": question, "choices": {"text": [*texts], "label": labels}, "answerKey": answer}
+
+
+# Three more of lm-eval's own, in the hub's columns; the last three rows of each are few-shot examples.
+OTHERS = {
+    "hellaswag": [
+        _ending("Rowing", 0, "pulls the oars.", "eats [step] the boat.", "paints it blue."),
+        _ending("Baking", 2, "throws dough at a wall.", "reads.", "warms the oven."),
+        _ending("Knitting", 1, "burns wool.", "makes a loop.", "swims."),
+        _ending("Mowing", 0, "cuts the grass.", "sings.", "sits."),
+        _ending("Sewing", 1, "sings.", "threads a needle.", "sits."),
+    ],
+    "arc_easy": [
+        _science("What melts?", "B", "Stone", "Ice left in the sun", "Sand"),
+        _science("What flies?", "A", "A bird", "A fish", "A stone", "A tree"),
+        _science("Which is hot?", "C", "Snow", "Ice", "Fire"),
+        _science("What swims?", "A", "A fish", "A stone"),
+        _science("What burns?", "B", "Water", "Wood"),
+    ],
+    "piqa": [
+        {"goal": "Open a jar.", "sol1": "Turn the lid.", "sol2": "Turn the jar and the lid.", "label": 0},
+        {"goal": "Dry a cup.", "sol1": "Fill it.", "sol2": "Wipe it with a cloth.", "label": 1},
+        {"goal": "Cool tea.", "sol1": "Wait.", "sol2": "Boil it once more.", "label": 0},
+        {"goal": "Light a room.", "sol1": "Draw the curtain open.", "sol2": "Close it.", "label": 0},
+        {"goal": "Sharpen a pencil.", "sol1": "Wet it.", "sol2": "Use a knife.", "label": 1},
+    ],
+}
+
+
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data"))
+    folder = write_rows(tmp_path_factory.mktemp("data"))
+    for name, rows in OTHERS.items():
+        write_jsonl(folder / f"{name}.jsonl", rows[:-3])
+        write_jsonl(folder / f"{name}_dev.jsonl", rows[-3:])
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test prepares its benchmarks itself, as a new process does."""
+    monkeypatch.setattr(evaluation, "_kept", [])
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +170,11 @@ def model(request: pytest.FixtureRequest, tiny_model_dir: Path) -> Iterator[Any]
 SPLITS = dict.fromkeys(ARTICLE_TASKS, "validation") | {
     "blimp_causative": "train",
     "mmlu_global_facts": "test",
+    "hellaswag": "validation",
+    "arc_easy": "test",
+    "piqa": "validation",
 }
+FEW_SHOT_SPLITS = {"mmlu_global_facts": "dev"} | dict.fromkeys(OTHERS, "train")
 FIXED_AT_ZERO_SHOT = {"truthfulqa_mc1", "truthfulqa_mc2", "blimp_causative"}
 
 
@@ -133,8 +186,8 @@ def by_hand(model: Any, tokenizer: Any, spec: EvaluateSpec, cache: Path) -> dict
 
     def local(name: str) -> dict[str, Any]:
         files = {SPLITS[name]: str(data / f"{name}.jsonl")}
-        if name == "mmlu_global_facts":
-            files["dev"] = str(data / f"{name}_dev.jsonl")
+        if name in FEW_SHOT_SPLITS:
+            files[FEW_SHOT_SPLITS[name]] = str(data / f"{name}_dev.jsonl")
         kwargs = {"data_files": files, "cache_dir": str(cache)}
         delimiter = {"target_delimiter": ""} if name == "blimp_causative" and is_old else {}
         rows = {"dataset_path": "json", "dataset_name": None, "dataset_kwargs": kwargs}
@@ -143,7 +196,7 @@ def by_hand(model: Any, tokenizer: Any, spec: EvaluateSpec, cache: Path) -> dict
     files = {"test": str(tasks / "rows" / "pair.jsonl")}
     pair = {"task": "pair", "dataset_kwargs": {"data_files": files, "cache_dir": str(cache)}}
     shipped = Path(lm_eval.__path__[0]) / "tasks"
-    folders = ("truthfulqa", "arithmetic", "blimp", "mmlu/default")
+    folders = ("truthfulqa", "arithmetic", "blimp", "mmlu/default", "hellaswag", "arc", "piqa")
     members = [pair if name == "pair" else local(name) for name in spec.tasks]
     results = lm_eval.simple_evaluate(
         model=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=4, **settings),
@@ -163,10 +216,10 @@ SHORT = ("arithmetic_2ds", "blimp_causative", "mmlu_global_facts", "pair")  # Tr
 @pytest.mark.parametrize(
     ("model", "tasks", "harness"),
     [
-        ("plain", SHORT, "current"),
+        ("plain", (*SHORT, *OTHERS), "current"),
         ("lora", SHORT, "current"),
         ("a peft model", SHORT, "current"),
-        ("nf4 and lora", (*ARTICLE_TASKS, "pair"), "current"),
+        ("nf4 and lora", (*ARTICLE_TASKS, "pair", *OTHERS), "current"),
         ("nf4 and lora", SHORT, "2023"),
     ],
     indirect=["model"],
@@ -192,6 +245,7 @@ def test_scores_and_loglikelihoods_equal_lm_evals_own(
     )
     ours = evaluate(model, tokenizer, spec)
     theirs = by_hand(model, copy.deepcopy(tokenizer), spec, tmp_path)
+    assert (ours.report["scoring"]["way"], ours.notes) == ("tree", ())
     assert list(ours.scores) == list(tasks)
     for name, score in ours.scores.items():
         row, samples, report = theirs["results"][name], theirs["samples"][name], ours.report["tasks"][name]
@@ -208,6 +262,271 @@ def test_scores_and_loglikelihoods_equal_lm_evals_own(
     normed = ours.report["tasks"]["pair"]["metrics"]["acc_norm,none"]
     assert normed["value"] == theirs["results"]["pair"]["acc_norm,none"]
     assert normed["stderr"] == pytest.approx(theirs["results"]["pair"]["acc_norm_stderr,none"])
+
+
+def loglikelihoods(found: Evaluation) -> list[float]:
+    tasks = found.report["tasks"].values()
+    return [value for task in tasks for row in task["per_document"]["loglikelihoods"] for value in row]
+
+
+@pytest.fixture
+def logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lm_eval.evaluator.add_env_info", lambda _: None)
+
+
+@pytest.mark.usefixtures("logged")
+def test_contexts_that_are_too_long_are_cut_as_lm_eval_cuts_them(
+    plain: Any, tokenizer: Any, data_dir: Path, task_dir: Path, tmp_path: Path
+) -> None:
+    model = copy.deepcopy(plain)
+    model.config.max_position_embeddings = 40
+    tasks = ("mmlu_global_facts", "arithmetic_2ds")
+    spec = EvaluateSpec(tasks=tasks, data_dir=str(data_dir), task_dir=str(task_dir), num_fewshot=2)
+    ours, theirs = evaluate(model, tokenizer, spec), by_hand(model, copy.deepcopy(tokenizer), spec, tmp_path)
+    expected = [tries[0][0] for name in tasks for row in theirs["samples"][name] for tries in row["resps"]]
+    assert loglikelihoods(ours) == pytest.approx(expected, abs=1e-4)
+    (warning,) = ours.report["warnings"]
+    assert warning.startswith("15 requests have a context and continuation whose combined length exceeds")
+
+
+def test_a_continuation_that_is_the_likeliest_is_told_so_and_the_same_one_is_scored_once(
+    plain: Any, tokenizer: Any
+) -> None:
+    lm = evaluation.make_lm(plain, tokenizer, EvaluateSpec(tasks=()))
+    asked = [
+        ("Sky", " is blue"),
+        ("Sky", " is"),
+        ("", "Sky is blue"),
+        ("Sky", " is blue"),
+        ("Sky is", " blue"),
+    ]
+    ids, cut = lm.tok_encode("Sky is blue"), lm.tok_encode("Sky")
+    likeliest = int(plain(torch.tensor([cut])).logits[0, -1].argmax())
+    requests = [Instance("loglikelihood", {}, pair, 0) for pair in asked]
+    with torch.no_grad():
+        answers = lm.loglikelihood(requests, disable_tqdm=True)
+        theirs = HFLM(pretrained=plain, tokenizer=copy.deepcopy(tokenizer), logits_cache=False).loglikelihood(
+            requests, True
+        )
+    assert [value for value, _ in answers] == pytest.approx([value for value, _ in theirs], abs=1e-5)
+    assert [hit for _, hit in answers] == [hit for _, hit in theirs]
+    assert lm.facts["requests"] == 4
+    assert len(ids) > len(cut)
+    numbers = [(("", ""), cut, [likeliest]), (("", ""), cut, [(likeliest + 1) % 300])]
+    with torch.no_grad():
+        assert [hit for _, hit in lm._loglikelihood_tokens(numbers)] == [True, False]
+
+
+def test_row_by_row_too_a_text_that_is_split_in_two_ways_is_read_at_its_own_places(
+    plain: Any, tokenizer: Any
+) -> None:
+    """HFLM keeps the logits of the longest continuation, and reads those of the others at its beginning."""
+    asked = [("Sky", " is blue"), ("", "Sky is blue"), ("Sky is", " blue")]
+    requests = [Instance("loglikelihood", {}, pair, 0) for pair in asked]
+    lm = evaluation.make_lm(plain, tokenizer, EvaluateSpec(tasks=()))
+    rows = evaluation.make_lm(plain, tokenizer, EvaluateSpec(tasks=()))
+    rows._reason = "it is odd"
+    with torch.no_grad():
+        ours, by_row = lm.loglikelihood(requests), rows.loglikelihood(requests)
+    assert [value for value, _ in ours] == pytest.approx([value for value, _ in by_row], abs=1e-5)
+    assert (lm.facts["way"], rows.facts["way"]) == ("tree", "rows")
+
+
+def test_choices_that_benchmarks_share_are_scored_once(plain: Any, tokenizer: Any, data_dir: Path) -> None:
+    """Both of TruthfulQA's ask the same questions, and MC2 has all the choices of MC1."""
+    spec = EvaluateSpec(tasks=("truthfulqa_mc1", "truthfulqa_mc2"), data_dir=str(data_dir))
+    found = evaluate(plain, tokenizer, spec)
+    assert len(loglikelihoods(found)) == 2 + 3 + 3 + 3
+    scoring = found.report["scoring"]
+    assert (scoring["way"], scoring["requests"]) == ("tree", 3 + 3)
+    assert scoring["tokens"] < scoring["plain_tokens"] / 4
+
+
+def test_a_model_that_cannot_share_is_scored_row_by_row_and_the_reason_is_said(
+    plain: Any, tokenizer: Any, data_dir: Path
+) -> None:
+    spec = EvaluateSpec(tasks=("blimp_causative", "mmlu_global_facts"), data_dir=str(data_dir), num_fewshot=0)
+    model = copy.deepcopy(plain)
+    expected = evaluate(model, tokenizer, spec)
+    model.config.sliding_window = 5  # which its attention does not read: the numbers stay the same
+    found = evaluate(model, tokenizer, spec)
+    assert loglikelihoods(found) == pytest.approx(loglikelihoods(expected), abs=1e-4)
+    assert found.report["scoring"]["way"] == "rows"
+    (note,) = found.notes
+    assert "row by row" in note
+    assert "its attention sees 5 tokens back" in note
+    assert note in found.report["warnings"]
+    assert not expected.notes
+
+
+def test_what_has_no_blocks_of_its_own_is_scored_row_by_row(
+    plain: Any, tokenizer: Any, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, sizes = copy.deepcopy(plain), []
+    monkeypatch.setattr(evaluation, "obstacle", lambda _: "it is odd")
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    spec = EvaluateSpec(tasks=("blimp_causative",), data_dir=str(data_dir), limit=3, batch_size=2)
+    assert evaluate(model, tokenizer, spec).report["scoring"] == {"way": "rows", "reason": "it is odd"}
+    assert sizes == [2, 2, 2]
+
+
+MIXED = """
+task: mixed
+dataset_path: json
+dataset_kwargs: {data_files: {test: rows/pair.jsonl}}
+test_split: test
+output_type: %s
+doc_to_text: "{{question}}"
+doc_to_target: "{{choices[0]}}"
+metric_list: [{metric: %s, aggregation: %s, higher_is_better: true}]
+generation_kwargs: {until: ["."], max_gen_toks: 3}
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "metric", "aggregation"),
+    [
+        ("generate_until", "exact_match", "mean"),
+        ("loglikelihood_rolling", "word_perplexity", "weighted_perplexity"),
+    ],
+)
+@pytest.mark.usefixtures("logged")
+def test_what_is_generated_or_rolled_is_left_to_hflm(
+    kind: str,
+    metric: str,
+    aggregation: str,
+    plain: Any,
+    tokenizer: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = MIXED % (kind, metric, aggregation)
+    if kind == "loglikelihood_rolling":
+        text = text.replace('doc_to_text: "{{question}}"', 'doc_to_text: ""').replace(
+            "{{choices[0]}}", "{{question}}"
+        )
+    folder = write_task(write_task(tmp_path), text, "mixed")
+    found = evaluate(plain, tokenizer, EvaluateSpec(tasks=("mixed", "pair"), task_dir=str(folder)))
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    manager = TaskManager(include_defaults=False, include_path=str(folder))
+    theirs = lm_eval.simple_evaluate(
+        HFLM(pretrained=plain, tokenizer=copy.deepcopy(tokenizer)), tasks=["mixed"], task_manager=manager
+    )
+    value = theirs["results"]["mixed"][f"{metric},none"]
+    assert found.scores["mixed"].value == pytest.approx(value, rel=1e-5)
+    assert found.report["scoring"]["way"] == "tree"
+
+
+# --- what is kept for the next evaluation -------------------------------------------------------------
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of benchmarks as they are loaded, and `plan` whenever one is made."""
+    seen: list[str] = []
+    load, plan = evaluation._load, evaluation.make_plan
+
+    def loading(name: str, *rest: Any) -> Any:
+        seen.append(name)
+        return load(name, *rest)
+
+    def planning(*given: Any) -> Plan:
+        seen.append("plan")
+        return plan(*given)
+
+    monkeypatch.setattr(evaluation, "_load", loading)
+    monkeypatch.setattr(evaluation, "make_plan", planning)
+    return seen
+
+
+def test_the_next_evaluation_takes_prompts_and_plan_from_the_one_before_and_says_the_same(
+    plain: Any, tokenizer: Any, data_dir: Path, task_dir: Path, loads: list[str]
+) -> None:
+    model = copy.deepcopy(plain)
+    model.config.max_position_embeddings = 40
+    tasks = ("mmlu_global_facts", "truthfulqa_mc1", "pair")
+    spec = EvaluateSpec(tasks=tasks, data_dir=str(data_dir), task_dir=str(task_dir), num_fewshot=2)
+    evaluation.check(spec)
+    assert loads == list(tasks)
+    first = evaluate(model, tokenizer, spec)
+    second = evaluate(model, copy.deepcopy(tokenizer), spec.model_copy(update={"weights": "merged"}))
+    assert loads == [*tasks, "plan"]
+    assert first == second
+    assert "not used for it" in first.report["warnings"][0]  # said while it was loaded
+    assert "cut from the left" in first.report["warnings"][-1]  # and when it was planned
+    evaluation._kept.clear()
+    assert evaluate(model, tokenizer, spec) == first
+
+
+def test_another_tokenizer_or_length_gets_a_plan_of_its_own(
+    plain: Any, tokenizer: Any, data_dir: Path, loads: list[str]
+) -> None:
+    spec = EvaluateSpec(tasks=("blimp_causative",), data_dir=str(data_dir))
+    evaluate(plain, tokenizer, spec)
+    other = copy.deepcopy(tokenizer)
+    other.add_tokens(["Ann"])
+    model = copy.deepcopy(plain)
+    model.resize_token_embeddings(len(other), mean_resizing=False)
+    evaluate(model, other, spec)
+    model.config.max_position_embeddings = 20
+    evaluate(model, other, spec)
+    assert loads == ["blimp_causative", "plan", "plan", "plan"]
+
+
+def test_another_spec_is_prepared_anew_and_only_one_is_kept(
+    recorder: RecordingLM, plain: Any, data_dir: Path, loads: list[str]
+) -> None:
+    for limit in (1, 2, 1):
+        spec = EvaluateSpec(tasks=("blimp_causative",), data_dir=str(data_dir), limit=limit)
+        evaluate(plain, None, spec)
+        assert len(recorder.asked) == 2 * limit
+        recorder.asked.clear()
+    assert len(loads) == 3
+    assert len(evaluation._kept) == 1
+
+
+@pytest.mark.parametrize(
+    "change", ["rows", "task file", "a new task file", "a dev file", "a file that is gone"]
+)
+def test_a_file_that_changed_between_two_evaluations_is_seen(
+    change: str, recorder: RecordingLM, plain: Any, tmp_path: Path, loads: list[str]
+) -> None:
+    write_task(tmp_path)
+    write_rows(tmp_path, "arithmetic_2ds", "mmlu_global_facts_dev")
+    spec = EvaluateSpec(tasks=("pair", "arithmetic_2ds"), task_dir=str(tmp_path), data_dir=str(tmp_path))
+    evaluate(plain, None, spec)
+    evaluate(plain, None, spec)
+    assert loads == ["pair", "arithmetic_2ds"]
+    if change == "rows":
+        write_jsonl(tmp_path / "rows" / "pair.jsonl", PAIR_ROWS[:2])
+    elif change == "task file":
+        (tmp_path / "pair.yaml").write_text(PAIR.replace("{{question}}", "Q: {{question}}"))
+    elif change == "a new task file":
+        (tmp_path / "deeper").mkdir()
+        (tmp_path / "deeper" / "one.yaml").write_text(PAIR.replace("task: pair", "task: one"))
+    elif change == "a dev file":
+        write_jsonl(tmp_path / "arithmetic_2ds_dev.jsonl", ROWS["arithmetic_4ds"])
+    else:
+        (tmp_path / "arithmetic_2ds.jsonl").unlink()
+        with pytest.raises(BadData, match=r"arithmetic_2ds\.jsonl"):
+            evaluate(plain, None, spec)
+        return
+    evaluate(plain, None, spec)
+    assert loads == ["pair", "arithmetic_2ds"] * 2
+
+
+def test_a_pattern_of_files_is_read_each_time(
+    recorder: RecordingLM, plain: Any, tmp_path: Path, loads: list[str]
+) -> None:
+    write_task(tmp_path, PAIR.replace("rows/pair.jsonl", "rows/*.jsonl"))
+    spec = EvaluateSpec(tasks=("pair",), task_dir=str(tmp_path))
+    assert evaluate(plain, None, spec).scores["pair"].documents == 3
+    write_jsonl(tmp_path / "rows" / "more.jsonl", PAIR_ROWS)
+    assert evaluate(plain, None, spec).scores["pair"].documents == 6
+    assert loads == ["pair", "pair"]
 
 
 # --- the harness of 2023 ----------------------------------------------------------------------------
@@ -244,13 +563,13 @@ def test_only_what_has_no_context_gets_a_first_token_in_the_harness_of_2023(
     def starts(task: str) -> set[str]:
         seen: list[int] = []
 
-        def forward(live: Any, ids: torch.Tensor) -> Any:
-            seen.extend(ids[:, 0].tolist())
-            assert tokenizer.bos_token_id not in ids[:, 1:]
-            return live._model(input_ids=ids)
+        def planned(requests: Sequence[Request], budget: int, pair_cost: float) -> Plan:
+            seen.extend(request.tokens[0] for request in requests)
+            assert not any(tokenizer.bos_token_id in request.tokens[1:] for request in requests)
+            return make_plan(requests, budget, pair_cost)
 
-        monkeypatch.setattr(evaluation._LiveModel, "__call__", forward)
-        spec = EvaluateSpec(tasks=(task,), data_dir=str(data_dir), batch_size=1, harness=harness)
+        monkeypatch.setattr(evaluation, "make_plan", planned)
+        spec = EvaluateSpec(tasks=(task,), data_dir=str(data_dir), harness=harness)
         evaluate(plain, tokenizer, spec)
         return {tokenizer.convert_ids_to_tokens(token) for token in seen}
 
@@ -505,18 +824,15 @@ def test_the_report_is_plain_json_and_says_what_was_not_as_asked(
 
 
 def test_numbers_that_are_not_finite_survive_json() -> None:
-    report = evaluation._plain({"a": [float("nan"), np.float32("inf"), (np.int64(3), None, True)]})
+    report = plain_data({"a": [float("nan"), np.float32("inf"), (np.int64(3), None, True)]})
     assert json.loads(Evaluation({}, report).to_json())["a"] == ["NaN", "Infinity", [3, None, True]]
 
 
 def test_limit_and_batch_size_are_honoured(plain: Any, tokenizer: Any, data_dir: Path) -> None:
-    model, sizes = copy.deepcopy(plain), []
-    model.register_forward_pre_hook(
-        lambda _, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
     spec = EvaluateSpec(tasks=("blimp_causative",), data_dir=str(data_dir), limit=3, batch_size=2)
-    assert evaluate(model, tokenizer, spec).scores["blimp_causative"].documents == 3
-    assert sizes == [2, 2, 2]
+    found = evaluate(plain, tokenizer, spec)
+    assert found.scores["blimp_causative"].documents == 3
+    assert (found.report["scoring"]["requests"], found.report["scoring"]["token_budget"]) == (6, 2 * 512)
 
 
 # --- rows -------------------------------------------------------------------------------------------
