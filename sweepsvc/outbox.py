@@ -31,6 +31,9 @@ CLOSING_WAIT_SECONDS = 0.5
 PATIENCE_SECONDS = 5.0
 """How long the driver waits at its end for a recorder that only fails."""
 
+STANDSTILL_SECONDS, END_SECONDS = 30.0, 300.0
+"""The same for one that neither succeeds nor fails, and for all of what waits, however well it goes."""
+
 
 @dataclass(eq=False)
 class _Turn:
@@ -153,8 +156,8 @@ class Outbox:
     def close(self, state: SweepState) -> None:
         """Close the parent run once everything is delivered; see `protocols.Tracking`.
 
-        Waits as long as anything gets through. A recorder that only fails has `PATIENCE_SECONDS`, and so
-        does a person: Ctrl-C leaves the rest at once.
+        Waits as long as anything gets through, `END_SECONDS` at most. A recorder that only fails has
+        `PATIENCE_SECONDS`, one that hangs `STANDSTILL_SECONDS`; Ctrl-C leaves the rest at once.
         """
         with self._changed:
             self._closing = state
@@ -169,8 +172,10 @@ class Outbox:
 
     def _wait_for_the_end(self, began: float) -> None:
         while not self._done and self._thread.is_alive():
-            idle_seconds = time.monotonic() - max(began, self._last_success)
-            if self._tracker.failures and idle_seconds > PATIENCE_SECONDS:
+            now = time.monotonic()
+            idle_seconds = now - max(began, self._last_success)
+            patience_seconds = PATIENCE_SECONDS if self._tracker.failures else STANDSTILL_SECONDS
+            if idle_seconds > patience_seconds or now - began > END_SECONDS:
                 return
             self._changed.wait(0.1)
 

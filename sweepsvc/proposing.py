@@ -61,6 +61,7 @@ class Proposer:
         self._shuffled: Iterator[Picks] | None = None
         self._repeats: deque[Asked] = deque()
         self._numbers: dict[str, int] = {}  # of every trial so far, by its digest
+        self._next_number = 0
         self._distinct = 0
         self.ended_because = ""
         self._notes: dict[str, str] = {}
@@ -71,6 +72,7 @@ class Proposer:
             assert asked.proposal.number is not None
             # Computed anew: a later version may have more fields, which a stored digest does not know.
             self._numbers[asked.proposal.spec.digest] = asked.proposal.number
+            self._next_number = max(self._next_number, asked.proposal.number + 1)
         distinct = [asked for asked in earlier if not asked.proposal.repeat]
         self._distinct = len(distinct)
         for asked in distinct:
@@ -157,7 +159,7 @@ class Proposer:
                 yield self._numbered(Resolved(spec, resolved.params, resolved.rules), repeat)
 
     def _numbered(self, resolved: Resolved, repeat: int = 0) -> Proposal:
-        number = max(self._numbers.values(), default=-1) + 1
+        number, self._next_number = self._next_number, self._next_number + 1
         self._numbers[resolved.spec.digest] = number
         # As JSON gives them back, so that what is read equals what was asked.
         params = {

@@ -22,9 +22,11 @@ from typing import Any, Protocol
 import ray
 from ray import tune
 from ray.exceptions import RayError
-from ray.tune import Callback, FailureConfig, RunConfig, Trainable, TuneConfig, Tuner
+from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, Trainable, TuneConfig, Tuner
 from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
+from ray.tune.progress_reporter import TrialProgressCallback
+from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
 
 from sweeps.errors import CannotContinue, CannotStart, Interrupted, TrialError, failure_class
@@ -119,6 +121,7 @@ class RayScheduler:
         """
         slots = self._slots()
         placed = _Placed(conductor)
+        forgetting = _Forgetting()
         actor = tune.with_resources(TrialActor, tune.PlacementGroupFactory([self._bundle()]))
         tuner = Tuner(
             actor,
@@ -131,6 +134,7 @@ class RayScheduler:
             },
             tune_config=TuneConfig(
                 search_alg=_Proposer(placed),
+                scheduler=forgetting,
                 num_samples=-1,
                 max_concurrent_trials=slots,
                 reuse_actors=True,
@@ -138,8 +142,9 @@ class RayScheduler:
             run_config=RunConfig(
                 name=f"tune-{time.time_ns()}",  # a resumed sweep is a new run of Tune
                 storage_path=str(self._storage),
-                callbacks=[_Listener(placed)],
+                callbacks=[_Listener(placed), _StepEnd(forgetting)],
                 failure_config=FailureConfig(max_failures=0),
+                checkpoint_config=CheckpointConfig(checkpoint_at_end=False),  # a trial keeps its own
                 verbose=0,
             ),
         )
@@ -319,6 +324,79 @@ class _Listener(Callback):
         message = "the worker was lost, or could not write its result: see the traceback"
         lost = Failure(kind="process_lost", message=message, traceback=_ray_error(trial))
         self._placed.end(trial.trial_id, TrialResult(outcome="failed", failure=lost))
+
+
+class _Forgetting(FIFOScheduler):
+    """First in, first out; and Tune forgets each trial that has ended, but for the last one.
+
+    Tune keeps every trial of a run for a restore that we never do, with its parameters, results and state,
+    and looks through all of them many times for each new one: memory, and what a trial costs, would grow
+    without end.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._controller: Any = None
+        self._ended: list[Trial] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tuner writes a pickle of itself, for a restore that we never do."""
+        return {}
+
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        # What Tune gives is a wrapper, which warns of whatever is private.
+        self._controller = getattr(tune_controller, "_tune_controller", tune_controller)
+
+    def ended(self, trial: Trial) -> None:
+        self._ended.append(trial)
+
+    def forget(self) -> None:
+        """Between two steps of Tune, where none of its loops is under way."""
+        if len(self._ended) < 2:
+            return
+        *over, last = self._ended
+        self._ended = [trial for trial in over if not self._forgot(trial)] + [last]
+
+    def _forgot(self, trial: Trial) -> bool:
+        """Whether it is forgotten: not while its actor is still to be stopped."""
+        controller = self._controller
+        if not trial.is_finished() or trial in controller._trial_to_actor:
+            return False
+        controller._trials.remove(trial)
+        for among in (
+            controller._live_trials,
+            controller._stopped_trials,
+            controller._failed_trials,
+            controller._trials_to_cache,  # what the next snapshot is to hold of it
+        ):
+            among.discard(trial)
+        controller._trial_metadata.pop(trial.trial_id, None)
+        return True
+
+
+class _StepEnd(TrialProgressCallback):
+    """Tells `_Forgetting` which trials have ended, and when it may forget them.
+
+    It stands where Tune would put a printer of its own, which keeps every trial and prints nothing here.
+    """
+
+    def __init__(self, forgetting: _Forgetting) -> None:
+        super().__init__()
+        self._forgetting = forgetting
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Nothing is printed."""
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._forgetting.ended(trial)
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._forgetting.ended(trial)
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        self._forgetting.forget()
 
 
 def _last_word(folder: Path) -> TrialResult | None:

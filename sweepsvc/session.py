@@ -14,10 +14,11 @@ from pathlib import Path
 
 from rich.console import Console
 
-from sweeps.errors import CannotContinue, CannotStart, InvalidSweep
+from sweeps.errors import CannotContinue, CannotStart, InvalidSweep, InvalidTrial
 from sweeps.signals import Interrupting, handled
 from sweeps.sweep import Sweep
 from sweeps.trial.paths import write_whole
+from sweeps.trial.warming import warming
 from sweepsvc import owner
 from sweepsvc.facts import gather
 from sweepsvc.home import Home, SweepFolder
@@ -113,6 +114,7 @@ def _launched(
         signals = Interrupting()
         stack.enter_context(handled(signals, signal.SIGINT, signal.SIGTERM))
         _say(console, f"sweep {sweep_id} in {home.path}")
+        stack.enter_context(_tokenising(sweep))  # while Ray, the stores, the actors and the base start
         facts = gather(Path(sweep.source))
         scheduler = stack.enter_context(_scheduler(sweep, home.sweep(sweep_id)))
         scheduler.check()
@@ -248,6 +250,15 @@ def _driven(run: SweepRun, scheduler: RayScheduler, signals: Interrupting) -> Sw
     if signals.was_heard:
         run.ask_to_stop()
     return drive(run, scheduler)
+
+
+def _tokenising(sweep: Sweep) -> contextlib.AbstractContextManager[object]:
+    """Tokenise the rows of the sweep's first trial on this machine, which is often the one that trains."""
+    try:
+        first = sweep.resolve(sweep.search.space.first()).spec
+    except InvalidTrial:
+        return contextlib.nullcontext()
+    return warming(first)
 
 
 def _scheduler(sweep: Sweep, folder: SweepFolder) -> RayScheduler:

@@ -11,7 +11,7 @@ What a `kill -9` leaves. Each attribute appears whole, and only the driver write
 
     open   the study, then its attributes, `launched` last      without `launched`: no sweep
     ask    the sampler's draw, then `proposal`                  without `proposal`: nobody's, to be failed
-           (a proposal that no sampler drew is one write)
+           (a proposal of `random`, or that no sampler drew, is one write)
     start  `started`                                            without: waiting, though it may run
     tell   `result`, then Optuna's state and value              `result` stands, the rest is repeated from it
     reopen a new row with `proposal` and `started`, in one write
@@ -33,7 +33,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import optuna
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
@@ -49,7 +49,7 @@ from sweeps.space import Choices, Domain, Picks
 from sweeps.sweep import Sweep
 from sweeps.sweepfile import load_sweep_text
 from sweepsvc.home import FORMAT
-from sweepsvc.proposing import Asked, Proposer, baseline_proposals
+from sweepsvc.proposing import Asked, Proposer, Source, baseline_proposals
 from sweepsvc.protocols import Importance, Proposal, SweepRecord, SweepState, SweepSummary, TrialRecord
 from sweepsvc.records import (
     Entry,
@@ -366,8 +366,18 @@ def _sampler_notes(sweep: Sweep) -> list[str]:
     return []
 
 
+class _Draws(Source, Protocol):
+    """A source whose draws are counted from 0, those of earlier drivers included.
+
+    `drawn` is the study's trial that the last draw has made, None where none was made.
+    """
+
+    draws: int
+    drawn: optuna.Trial | None
+
+
 class _OptunaSource:
-    """Draws by `study.ask`. `draws` is how many draws there were, those of earlier drivers included."""
+    """Draws by `study.ask`, which makes a trial of each and has the sampler look at those before it."""
 
     def __init__(
         self, sweep: Sweep, study: optuna.Study, distributions: Mapping[str, Any], draws: int
@@ -375,12 +385,12 @@ class _OptunaSource:
         self._sweep = sweep
         self._study = study
         self._distributions = dict(distributions)
-        self._draws = draws
+        self.draws = draws
         self.drawn: optuna.Trial | None = None
 
     def draw(self) -> Picks:
-        self._study.sampler = _sampler(self._sweep, self._draws)
-        self._draws += 1
+        self._study.sampler = _sampler(self._sweep, self.draws)
+        self.draws += 1
         self.drawn = self._study.ask(self._distributions)
         return dict(self.drawn.params)
 
@@ -392,6 +402,34 @@ class _OptunaSource:
         self._study.tell(self.drawn, state=TrialState.FAIL)
 
 
+class _RandomSource:
+    """Draws what `_OptunaSource` would, and looks at no trial for it: the cost does not grow with them.
+
+    A draw is no trial of the study until it is proposed, so one that is rejected leaves nothing behind.
+    """
+
+    def __init__(self, sweep: Sweep, distributions: Mapping[str, Any], draws: int) -> None:
+        self._sweep = sweep
+        self._distributions = dict(distributions)
+        self.draws = draws
+        self.drawn: optuna.Trial | None = None
+
+    def draw(self) -> Picks:
+        sampler = _sampler(self._sweep, self.draws)
+        self.draws += 1
+        return {path: _at_random(sampler, path, domain) for path, domain in self._distributions.items()}
+
+    def reject(self, why: Mapping[str, int | str]) -> None:
+        """Nothing: the next proposal says how many draws there were."""
+
+
+def _at_random(sampler: BaseSampler, path: str, domain: Any) -> Any:
+    if domain.single():  # takes no random number, as in Optuna
+        return domain.choices[0] if isinstance(domain, CategoricalDistribution) else domain.low
+    drawn = sampler.sample_independent(None, None, path, domain)  # it looks at neither study nor trial
+    return domain.to_external_repr(domain.to_internal_repr(drawn))  # as the study gives it back
+
+
 # --- the study --------------------------------------------------------------------------------------
 
 
@@ -400,13 +438,19 @@ class OptunaStudy:
 
     @_without_collecting()
     def __init__(self, sweep: Sweep, study: optuna.Study, storage: BaseStorage) -> None:
-        kept = _Kept(study.get_trials(deepcopy=False), study.user_attrs)
+        kept = _Kept(_trials(storage, study.study_name), study.user_attrs)
         self._sweep = sweep
         self._study = study
         self._storage = storage
         self._study_id = storage.get_study_id_from_name(study.study_name)
         self._distributions = {path: _distribution(domain) for path, domain in sweep.search.space.items()}
-        self._source = _OptunaSource(sweep, study, self._distributions, kept.draws)
+        # A grid is listed and `random` learns nothing: neither needs Optuna to look at earlier trials.
+        self._learns = sweep.search.sampler not in ("grid", "random")
+        self._source: _Draws = (
+            _OptunaSource(sweep, study, self._distributions, kept.draws)
+            if self._learns
+            else _RandomSource(sweep, self._distributions, kept.draws)
+        )
         self._rows = kept.rows
         self._proposer = Proposer(sweep, self._source, kept.asked())
         self._baselines = kept.baselines
@@ -435,9 +479,10 @@ class OptunaStudy:
             if asked is None:
                 self._note_the_end()
                 return None
-            entry = {"proposal": {**proposal_entry(asked.proposal), "drawn": asked.drawn}}
-            number = self._keep_draw(entry) if asked.drawn else self._add_row(asked.picks, entry)
-        self._rows[asked.proposal.key] = _Row(number, asked.picks, entry)
+            said = {"drawn": asked.drawn, "draws": self._source.draws}
+            entry = {"proposal": {**proposal_entry(asked.proposal), **said}}
+            trial_id = self._keep_draw(entry) or self._add_row(asked.picks, entry)
+        self._rows[asked.proposal.key] = _Row(trial_id, asked.picks, entry)
         return asked.proposal
 
     def _note_the_end(self) -> None:
@@ -445,23 +490,23 @@ class OptunaStudy:
             self._study.set_user_attr("ended", True)
         self.has_ended = True
 
-    def _keep_draw(self, entry: Entry) -> int:
-        """The sampler's draw becomes the trial; its number among Optuna's."""
+    def _keep_draw(self, entry: Entry) -> int | None:
+        """The trial that the sampler's draw has made becomes the proposal's; its id, None without one."""
         drawn = self._source.drawn
-        assert drawn is not None
+        if drawn is None or not entry["proposal"]["drawn"]:
+            return None
         drawn.set_user_attr("proposal", entry["proposal"])
-        return int(drawn.number)
+        return int(drawn._trial_id)
 
     def _add_row(self, picks: Picks, entry: Entry) -> int:
-        """A running trial that no sampler drew, whole in one write; its number among Optuna's."""
+        """A running trial that the study has not, whole in one write; its id."""
         trial = create_trial(
             state=TrialState.RUNNING,
             params=dict(picks),
             distributions=self._distributions,
             user_attrs=dict(entry),
         )
-        trial_id = self._storage.create_new_trial(self._study_id, template_trial=trial)
-        return int(self._storage.get_trial(trial_id).number)
+        return int(self._storage.create_new_trial(self._study_id, template_trial=trial))
 
     def started(self, proposal: Proposal) -> int:
         begun = another_attempt(self._entry(proposal.key))
@@ -490,6 +535,7 @@ class OptunaStudy:
         self._write(proposal.key, "result", result_entry(result))
         if not proposal.is_baseline:
             self._tell_optuna(proposal.key, result)
+            self._rows[proposal.key].forget()
 
     def _tell_optuna(self, key: str, result: TrialResult) -> None:
         value = objective_value(result, self._sweep.objective.metric)
@@ -502,17 +548,23 @@ class OptunaStudy:
             )
         if value is not None:
             state = TrialState.COMPLETE
+        trial_id = self._rows[key].trial_id
         with _writing():
-            self._study.tell(self._rows[key].number, value, state=state)
+            if self._learns:
+                number = self._storage.get_trial_number_from_id(trial_id)
+                self._study.tell(number, value, state=state)
+            else:  # the same less what a sampler would be told, at a third of the cost
+                self._storage.set_trial_state_values(trial_id, state, None if value is None else [value])
 
     def reopen(self, proposal: Proposal) -> None:
-        again = reopened(self._entry(proposal.key))
         if proposal.is_baseline:
-            self._write_baseline(proposal.key, again)
+            self._write_baseline(proposal.key, reopened(self._entry(proposal.key)))
             return
-        picks = self._rows[proposal.key].picks
+        self._entry(proposal.key)
+        row = self._rows[proposal.key]
         with _writing():
-            self._rows[proposal.key] = _Row(self._add_row(picks, again), picks, again)
+            again = dict(reopened(self._storage.get_trial(row.trial_id).user_attrs))
+            self._rows[proposal.key] = _Row(self._add_row(row.picks, again), row.picks, again)
 
     def _entry(self, key: str) -> Entry:
         if key in self._baselines:
@@ -527,8 +579,7 @@ class OptunaStudy:
             return
         row = self._rows[key]
         with _writing():
-            trial_id = self._storage.get_trial_id_from_study_id_trial_number(self._study_id, row.number)
-            self._storage.set_trial_user_attr(trial_id, name, value)
+            self._storage.set_trial_user_attr(row.trial_id, name, value)
         row.entry[name] = value
 
     def _write_baseline(self, key: str, entry: Mapping[str, Any]) -> None:
@@ -547,6 +598,9 @@ class OptunaStudy:
         repairs = [
             f"trial {key}: its result was written and not yet told to the sampler" for key in kept.half_told
         ]
+        for row in self._rows.values():
+            if "result" in row.entry:
+                row.forget()
         if kept.nobodys:
             repairs.append(f"{len(kept.nobodys)} rows of the study that stand for no trial were closed")
         return repairs
@@ -564,17 +618,23 @@ class OptunaStudy:
     @_without_collecting()
     def read(self) -> SweepRecord:
         return _sweep_record(
-            self._study.study_name, self._study.user_attrs, self._study.get_trials(deepcopy=False)
+            self._study.study_name, self._study.user_attrs, _trials(self._storage, self._study.study_name)
         )
 
 
 @dataclass
 class _Row:
-    """The Optuna trial in force for one of ours: its number among Optuna's, its picks and attributes."""
+    """The Optuna trial in force for one of ours: its id among Optuna's, its picks and attributes."""
 
-    number: int
+    trial_id: int
     picks: Picks
     entry: dict[str, Any]
+
+    def forget(self) -> None:
+        """Keep of a trial that was told no more than that, and its run: a sweep has thousands."""
+        outcome = {"outcome": self.entry["result"]["outcome"]}
+        self.entry = {name: self.entry[name] for name in ("started",) if name in self.entry}
+        self.entry["result"] = outcome
 
 
 class _Kept:
@@ -591,17 +651,21 @@ class _Kept:
         rejected = sum(
             "duplicate_of" in trial.user_attrs or "invalid" in trial.user_attrs for trial in trials
         )
+        in_force: dict[str, int] = {}
         for trial in trials:
             if "proposal" in trial.user_attrs:
                 key = trial.user_attrs["proposal"]["key"]
-                self.rows[key] = _Row(trial.number, trial.params, dict(trial.user_attrs))
-        in_force = {row.number for row in self.rows.values()}
-        self.nobodys = sorted(running - in_force)
+                self.rows[key] = _Row(trial._trial_id, trial.params, dict(trial.user_attrs))
+                in_force[key] = trial.number
+        self.nobodys = sorted(running - set(in_force.values()))
         self.half_told = [
-            key for key, row in self.rows.items() if row.number in running and "result" in row.entry
+            key for key, row in self.rows.items() if in_force[key] in running and "result" in row.entry
         ]
-        # A draw without either attribute was cut before it came to anything: it is drawn again.
-        self.draws = rejected + sum(row.entry["proposal"]["drawn"] for row in self.rows.values())
+        # A draw without either attribute was cut before it came to anything: it is drawn again. A rejected
+        # one of `random` left no row, and the next proposal says how many draws there were by then.
+        proposals = [row.entry["proposal"] for row in self.rows.values()]
+        counted = rejected + sum(proposal["drawn"] for proposal in proposals)
+        self.draws = max([counted, *(proposal.get("draws", 0) for proposal in proposals)])
 
     def asked(self) -> list[Asked]:
         """Every proposal so far, in the order of the numbers."""

@@ -7,10 +7,12 @@ import copy
 import gc
 import logging
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from sweeps.errors import BadModel
 from sweeps.spec import ModelSpec, OptimizerSpec
 from sweeps.trial import gguf
+from sweeps.trial.basecache import KeptBase, kept_base
 from sweeps.trial.kernels import use_liger
 from sweeps.trial.source import (
     FolderModel,
@@ -53,6 +56,8 @@ class Base:
     layers: Mapping[str, Shape]
     notes: tuple[str, ...]
     load_seconds: float
+    spare: list[Any] = field(default_factory=list, repr=False)
+    """What the last adapter has left for the next one; only `adapter.py` knows what it is."""
 
     @property
     def device_name(self) -> str:
@@ -97,7 +102,7 @@ def load_base(spec: ModelSpec, device: torch.device | None = None) -> Base:
         config = read_config(source, spec)
         attention, why = _attention(spec, config, device, dtype)
         with _of_the_class_linear(config, spec):
-            model = _load_model(source, config, spec, device, dtype, attention)
+            model, kept = _load_once_quantised(source, config, spec, device, dtype, attention)
         tokenizer = _load_tokenizer(source, model, spec)
     _freeze(model)
     layers = linear_layers(model)
@@ -108,6 +113,7 @@ def load_base(spec: ModelSpec, device: torch.device | None = None) -> Base:
         f"attention {model.config._attn_implementation}: {why}",
         _quantization_note(model, spec, layers),
         *use_liger(model, device),
+        *kept,
     )
     return Base(model, tokenizer, spec, device, dtype, layers, notes, time.perf_counter() - started)
 
@@ -321,6 +327,78 @@ def _converted(source: GgufModel, spec: ModelSpec) -> Any:
         raise unloadable(spec, error) from error
 
 
+def _load_once_quantised(
+    source: Source,
+    config: Any,
+    spec: ModelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str | None,
+) -> tuple[Any, tuple[str, ...]]:
+    """The model, quantised now or by a process before this one, bit for bit the same; and notes of that.
+
+    Of several processes that need one that nobody has kept, one quantises and the others wait: eight at once
+    would read the whole weights eight times.
+    """
+
+    def quantise() -> Any:
+        packing = _quantization_config(config, spec, dtype)
+        return _load_model(source, config, spec, device, dtype, attention, packing)
+
+    kept = kept_base(spec, source, config, device.type, _name(dtype))
+    if kept is None:
+        return quantise(), ()
+    model, trouble = _load_kept(kept, config, spec, device, dtype, attention)
+    if model is not None:
+        return model, trouble
+    with contextlib.ExitStack() as lock:
+        try:
+            lock.enter_context(kept.making())
+        except OSError as error:
+            where = f"{kept.folder.parent} cannot be written ({error.strerror or error})"
+            return quantise(), (*trouble, f"base: not kept, {where}")
+        model, said = _load_kept(kept, config, spec, device, dtype, attention)  # made while we waited
+        if model is not None:
+            return model, (*trouble, *said)
+        model = quantise()
+        size = int(model.get_memory_footprint())
+        return model, (*trouble, *kept.keep(lambda folder: _save_packed(model, folder), size))
+
+
+def _save_packed(model: Any, folder: Path) -> None:
+    model.save_pretrained(folder, max_shard_size="2GB")  # as much at a time goes through the host's memory
+    for file in folder.glob("*.safetensors"):  # which its owner alone may read; as readable as the others are
+        shutil.copymode(folder / "config.json", file)
+
+
+def _load_kept(
+    kept: KeptBase,
+    config: Any,
+    spec: ModelSpec,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str | None,
+) -> tuple[Any, tuple[str, ...]]:
+    """The model that is kept, or None; a damaged one is removed, and a note says so."""
+    started = time.perf_counter()
+    if not kept.is_there():
+        return None, ()
+    try:
+        kept.check()
+        packed = copy.deepcopy(config)
+        packed.quantization_config = kept.quantization_config()
+        model = _load_model(FolderModel(kept.folder), packed, spec, device, dtype, attention, None)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever is wrong with it, the model's own files are right
+        kept.remove()
+        found = " ".join(str(error).split())[:200]
+        return None, (f"base: {kept.folder} was damaged, and is made anew ({found})",)
+    model.name_or_path = model.config.name_or_path = config.name_or_path
+    seconds = time.perf_counter() - started
+    return model, (f"base: loaded from the cache in 4 bits in {seconds:.1f} s, not quantised again",)
+
+
 def _load_model(
     source: Source,
     config: Any,
@@ -328,13 +406,14 @@ def _load_model(
     device: torch.device,
     dtype: torch.dtype,
     attention: str | None,
+    quantization: BitsAndBytesConfig | None,
 ) -> Any:
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
             **source.place,
             config=config,
             dtype=dtype,
-            quantization_config=_quantization_config(config, spec, dtype),
+            quantization_config=quantization,
             device_map={"": "cpu" if device.type == "cpu" else device},
             attn_implementation=attention,
             trust_remote_code=spec.trust_remote_code,

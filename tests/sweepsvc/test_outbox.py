@@ -339,6 +339,35 @@ def test_a_slow_recorder_is_waited_for_at_the_end(
     assert tracker.calls[-1] == "close completed"
 
 
+def test_a_recorder_that_hangs_at_the_end_is_left_to_sync(
+    tracker: Tracker, folder: SweepFolder, trials: list[Proposal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "STANDSTILL_SECONDS", 0.3)
+    tracker.before = hang
+    box = Outbox(tracker, folder)
+    whole_trial(box, trials[0])
+    began = time.monotonic()
+    box.close("completed")
+    assert 0.2 < time.monotonic() - began < 5
+    assert box.notes() == [
+        "5 records wait in the outbox for the tracker; deliver with: python -m sweepsvc sync demo-1"
+    ]
+
+
+def test_a_recorder_that_is_slow_without_end_is_left_to_sync(
+    tracker: Tracker, folder: SweepFolder, trials: list[Proposal], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outbox, "END_SECONDS", 0.5)
+    tracker.before = lambda call: time.sleep(0.15)
+    box = Outbox(tracker, folder)
+    for trial in trials:
+        whole_trial(box, trial)
+    began = time.monotonic()
+    box.close("completed")
+    assert 0.4 < time.monotonic() - began < 1.4  # all 11 calls take longer
+    assert "wait in the outbox for the tracker" in box.notes()[-1]
+
+
 def test_a_person_who_does_not_want_to_wait_leaves_the_rest(
     tracker: Tracker, folder: SweepFolder, trials: list[Proposal], monkeypatch: pytest.MonkeyPatch
 ) -> None:

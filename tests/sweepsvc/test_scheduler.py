@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
@@ -81,6 +82,25 @@ def scheduler(request: pytest.FixtureRequest) -> Scheduler:
         return SerialScheduler(ScriptedTrials())
     given: Scheduler = request.getfixturevalue("ray_scheduler")
     return given
+
+
+@pytest.mark.slow
+def test_tune_keeps_no_trial_that_has_ended_but_the_last(ray_scheduler: RayScheduler, tmp_path: Path) -> None:
+    """Each holds some 40 kB, and Tune looks through all of them for every new one."""
+    kinds = [COMPLETES, FAILS, COMPLETES, COMPLETES, FAILS, COMPLETES, COMPLETES, COMPLETES]
+    notebook = Notebook(tmp_path, *kinds)
+    alive: list[int] = []
+
+    def count() -> None:
+        gc.collect()
+        alive.append(sum(isinstance(thing, Trial) for thing in gc.get_objects()))
+
+    notebook.on_report = count
+    ray_scheduler.run(notebook)
+    assert len(notebook.results) == len(kinds)
+    assert max(alive) <= 4, (
+        alive
+    )  # one runs, one is next, one ended last; and one that failed may be stopping
 
 
 # --- the contract -----------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from sweeps.errors import CannotStart, FailureClass, UnknownSweep
 from sweeps.result import Failure, TrialResult
 from sweeps.sweep import Sweep
 from sweepsvc import proposing
+from sweepsvc import study as study_module
 from sweepsvc.plain import PlainStudy
 from sweepsvc.protocols import Proposal, Study
 from sweepsvc.study import (
@@ -29,6 +30,7 @@ from sweepsvc.study import (
     load_importance,
     load_record,
     open_study,
+    reopen_study,
     scratch_study,
 )
 from tests.sweepsvc.samples import TASK, result_of, sweep_of
@@ -395,7 +397,7 @@ def in_optuna(study: Study, url: str) -> optuna.Study:
 
 
 def test_a_duplicate_draw_is_a_failed_trial_that_no_record_lists(open_in_file: Open, shared_url: str) -> None:
-    study = open_in_file(sweep_of("sampler: random, trials: 3, space: {lora.r: [4, 8, 16]}"))
+    study = open_in_file(sweep_of("sampler: tpe, trials: 3, space: {lora.r: [4, 8, 16]}"))
     run_all(study, lambda proposal: 0.5)
     everything = in_optuna(study, shared_url).trials
     duplicates = [trial for trial in everything if "duplicate_of" in trial.user_attrs]
@@ -407,6 +409,39 @@ def test_a_duplicate_draw_is_a_failed_trial_that_no_record_lists(open_in_file: O
     assert sorted(ranks) == [0, 1, 2]
 
 
+def test_random_draws_what_optuna_itself_would_and_leaves_a_row_for_each_trial_alone(
+    open_in_file: Open, shared_url: str
+) -> None:
+    sweep = sweep_of(f"sampler: random, trials: 12, space: {{{MIXED}, lora.dropout: [0.1]}}")
+    study = open_in_file(sweep)
+    proposed = asked(study)
+    optunas = optuna.create_study()
+    domains = {path: study_module._distribution(domain) for path, domain in sweep.search.space.items()}
+    source = study_module._OptunaSource(sweep, optunas, domains, 0)
+    rows = in_optuna(study, shared_url).trials
+    assert len(rows) == len(proposed) == 12
+    assert [trial.params for trial in rows] == [source.draw() for _ in rows]
+
+
+def test_a_resumed_random_sampler_counts_the_draws_that_left_no_row(shared_url: str) -> None:
+    sweep = sweep_of("sampler: random, trials: 60, space: {lora.r: {low: 1, high: 100}}")
+    [expected, resumed] = [next(_ids), next(_ids)]
+    whole = asked(open_study(sweep, expected, shared_url, FACTS))
+    begun = open_study(sweep, resumed, shared_url, FACTS)
+    first = [begun.ask() for _ in range(40)]
+    again = reopen_study(sweep, resumed, shared_url, {**FACTS, "owner": "here:1"})
+    assert again._source.draws == begun._source.draws > 40
+    assert [*first, *asked(again)] == whole
+
+
+def test_nothing_but_its_run_is_kept_in_memory_of_a_trial_that_was_told(open_in_file: Open) -> None:
+    study = open_in_file(sweep_of("trials: 2, space: {lora.r: [4, 8]}"))
+    assert isinstance(study, OptunaStudy)
+    run_all(study, lambda proposal: 0.5)
+    assert {len(str(row.entry)) < 200 for row in study._rows.values()} == {True}
+    assert [trial.value for trial in study.read().trials] == [0.5, 0.5]
+
+
 def test_an_end_is_an_end(open_in_file: Open, shared_url: str) -> None:
     study = open_in_file(sweep_of("sampler: random, trials: 9, space: {lora.r: [4, 8]}"))
     asked(study)
@@ -416,9 +451,7 @@ def test_an_end_is_an_end(open_in_file: Open, shared_url: str) -> None:
 
 
 def test_a_draw_that_makes_no_valid_trial_keeps_its_reason(open_in_file: Open, shared_url: str) -> None:
-    sweep = sweep_of(
-        f"sampler: random, trials: 12, space: {{{SOME_INVALID}}}", trial=", train: {samples: 1000}"
-    )
+    sweep = sweep_of(f"sampler: tpe, trials: 12, space: {{{SOME_INVALID}}}", trial=", train: {samples: 1000}")
     study = open_in_file(sweep)
     asked(study)
     invalid = [trial for trial in in_optuna(study, shared_url).trials if "invalid" in trial.user_attrs]

@@ -373,6 +373,7 @@ def test_an_adapter_that_could_not_be_put_on_leaves_no_trace(
             raise ValueError("no room")
         update(self, *args, **kwargs)
 
+    base.spare.clear()
     monkeypatch.setattr(LoraLayer, "update_layer", fails_at_the_sixth)
     with pytest.raises(BadModel, match="must take LoRA: no room"):
         attach(base, LORA, 0)
@@ -383,10 +384,61 @@ def test_a_detached_adapter_holds_no_memory(base: Base) -> None:
     adapter = attach(base, LORA, 0)
     train(adapter)
     held = [weakref.ref(parameter) for parameter in adapter.parameters()]
-    held += [weakref.ref(module) for module in adapter.model.modules() if isinstance(module, LoraLayer)]
+    layers = [module for module in adapter.model.modules() if isinstance(module, LoraLayer)]
     adapter.detach()
-    assert [reference() for reference in held] == [None] * (30 + 15)
+    assert [reference() for reference in held] == [None] * 30
+    left = [value for layer in layers for name, value in layer.named_parameters() if "lora_" in name]
+    assert [value.numel() for value in left] == [0] * 30  # what is left for the next adapter has no weights
     assert adapter.parameters() == ()
+
+
+@pytest.mark.parametrize(
+    ("model", "lora"),
+    [
+        ({"quantization": "nf4"}, {}),
+        ({"quantization": "nf4", "dtype": "bfloat16"}, {"dropout": 0.25}),
+        ({"dtype": "bfloat16"}, {"dtype": "float32", "rslora": True, "alpha": 2.5}),
+    ],
+    ids=["nf4", "nf4 in bfloat16 with dropout", "bfloat16 under float32"],
+)
+def test_layers_that_are_used_again_are_what_new_ones_would_be(
+    tiny_model_dir: Path, tmp_path: Path, model: dict[str, Any], lora: dict[str, Any]
+) -> None:
+    used, fresh = (base_of(tiny_model_dir, **model) for _ in range(2))
+    first = attach(used, LoraSpec(r=2, alpha=3.0, dropout=0.1), 5)
+    train(first)
+    first.enable_gradient_checkpointing()
+    first.detach()
+    assert used.spare
+    spec = LoraSpec(r=5, **{"alpha": 10.0, **lora})
+    adapters = [attach(base, spec, 7) for base in (used, fresh)]
+    assert not used.spare
+    layers = [[layer for _, layer in adapter_module._lora_layers(a.model)] for a in adapters]
+    for again, new in zip(*layers, strict=True):
+        assert repr(again) == repr(new)
+        ours = {name: value for name, value in vars(again).items() if not name.startswith("_")}
+        assert ours == {name: value for name, value in vars(new).items() if not name.startswith("_")}
+    for again, new in zip(*(a.named_parameters().items() for a in adapters), strict=True):
+        assert (again[0], again[1].dtype, again[1].requires_grad) == (new[0], new[1].dtype, True)
+        assert torch.equal(again[1], new[1])
+    assert torch.equal(logits(used.model), logits(fresh.model))
+    assert equal(*(train(adapter) for adapter in adapters))
+    for adapter, name in zip(adapters, ("used", "fresh"), strict=True):
+        adapter.save(tmp_path / name)
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "used" / file).read_bytes() == (tmp_path / "fresh" / file).read_bytes()
+
+
+def test_layers_are_used_again_only_for_the_same_targets_and_never_with_dora(base: Base) -> None:
+    for before, after in (
+        (LORA, LoraSpec(targets="qv")),
+        (LORA, LoraSpec(dora=True)),
+        (LoraSpec(dora=True), LORA),
+    ):
+        attach(base, before, 0).detach()
+        left = [layer for spare in base.spare for _, layer in spare.carrying]
+        with attach(base, after, 0) as adapter:
+            assert not set(left) & set(adapter.model.modules())
 
 
 def test_detaching_twice_is_detaching_once(base: Base) -> None:
