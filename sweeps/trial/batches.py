@@ -19,9 +19,10 @@ from sweeps.trial.data import TokenRow
 Weighting = Literal["sample", "token"]
 
 # What a forward and backward costs however few its tokens are, in tokens: kernels that are launched, weights
-# that are dequantised. On CUDA that is what a plan's fitted constants (`duration.py`) say of a 7B model on an
-# A100, rounded down: 32 blocks of 3.5 ms, in which it would train some 650 tokens.
-CALL_TOKENS = {"cpu": 64, "cuda": 512}
+# that are dequantised. On a CPU as measured with SmolLM2 (`docs/benchmarks.md`); on CUDA what a plan's fitted
+# constants (`duration.py`) say of a 7B model on an A100, rounded down: 32 blocks of 3.5 ms, in which it would
+# train some 650 tokens.
+CALL_TOKENS = {"cpu": 150, "cuda": 512}
 
 
 @dataclass(frozen=True)

@@ -104,9 +104,11 @@ def _held_out_seconds(
     return evaluations * forward_seconds(outline, spec, trainable, pace, work)
 
 
-def scoring_seconds(outline: Outline, spec: TrialSpec, trainable: int, pace: Pace, asked: Scoring) -> float:
-    """Of the benchmarks: every request is one row that goes forward in full, in batches of rows alike."""
-    work = Work(asked.requests / spec.evaluate.batch_size, asked.tokens)
+def scoring_seconds(
+    outline: Outline, spec: TrialSpec, trainable: int, pace: Pace, asked: Scoring, batch_tokens: int
+) -> float:
+    """Of the benchmarks: what requests share goes forward once, in batches of so many tokens."""
+    work = Work(math.ceil(asked.computed / batch_tokens), asked.computed)
     return forward_seconds(outline, spec, trainable, pace, work)
 
 

@@ -104,10 +104,15 @@ def step_shape(lengths: RowLengths, batch_size: int, budget: int) -> tuple[float
 
 @dataclass(frozen=True)
 class Scoring:
-    """What a model is asked when it is scored: rows of context and choice, their tokens, the longest."""
+    """What a model is asked when it is scored: rows of context and choice, their tokens, the longest.
+
+    `computed` are the tokens that are left where what rows share is computed once, as `scoring.py` does. Of
+    several benchmarks it is their sum: what two of them share, MC1 and MC2 their choices, counts twice.
+    """
 
     requests: float
     tokens: float
+    computed: float
     longest: int
 
 
@@ -124,6 +129,7 @@ def scoring(spec: EvaluateSpec) -> tuple[Scoring, tuple[str, ...]]:
     total = Scoring(
         requests=sum(facts["requests"] * shares[task] for task, facts in known.items()),
         tokens=sum(facts["tokens"] * shares[task] for task, facts in known.items()),
+        computed=sum(facts["computed"] * shares[task] for task, facts in known.items()),
         longest=max((facts["longest"] for facts in known.values()), default=0),
     )
     return total, tuple(task for task in spec.tasks if task not in known)

@@ -20,6 +20,7 @@ import torch
 from sweeps.spec import OptimizerSpec, TrialSpec
 from sweeps.trial.loss import chunk_rows
 from sweeps.trial.outline import Outline
+from sweeps.trial.scoring import LOGITS_AT_ONCE
 from sweeps.trial.targets import Layers, Shape, Targets, lora_params, magnitude_params, match
 
 # A 4-bit weight, and its share of the float32 constant of its block of 64 (Dettmers et al. 2023, "QLoRA",
@@ -110,7 +111,7 @@ def training_memory(outline: Outline, spec: TrialSpec, width: Widths, tokens: in
     """The peak of a step whose largest micro-batch has `tokens`, padding included, in rows of `longest`."""
     assert spec.train is not None
     adapted = _adapted(outline, spec.lora.targets)
-    trained = lora_params(adapted, spec.lora.r) * width.adapter
+    trained: float = spec.lora.r * _params_per_rank(outline, spec.lora.targets) * width.adapter
     if spec.lora.dora:
         trained += magnitude_params(adapted) * width.adapter
     blocks = _kept_per_token(outline, spec, width, longest)
@@ -138,16 +139,25 @@ def training_memory(outline: Outline, spec: TrialSpec, width: Widths, tokens: in
 
 
 def scoring_memory(outline: Outline, spec: TrialSpec, width: Widths, tokens: int) -> Memory:
-    """The peak of a batch of `tokens` that is scored: nothing is kept but the logits and their softmax."""
+    """The peak of a batch of `tokens` that is scored: nothing is kept, logits are made in parts."""
     adapters = 0.0
     if spec.train is not None:
-        adapters = lora_params(_adapted(outline, spec.lora.targets), spec.lora.r) * width.adapter
+        adapters = float(spec.lora.r * _params_per_rank(outline, spec.lora.targets) * width.adapter)
+    # The peak is within a block or behind the head: what one holds is gone where the other is.
+    in_block = float(tokens * _gradients_per_token(outline) * width.model)
+    workspace = _workspace(outline, spec, width)
+    vocabulary = outline.config.vocab_size
+    logits = float(min(tokens, max(1, LOGITS_AT_ONCE // vocabulary)) * vocabulary * (width.model + 2 * 4))
+    if logits >= in_block + workspace:
+        in_block = workspace = 0.0
+    else:
+        logits = 0.0
     return Memory(
         base=base_bytes(outline, spec, width),
         adapters=adapters,
-        activations=tokens * _gradients_per_token(outline) * width.model,
-        logits=tokens * 2 * outline.config.vocab_size * width.model,
-        workspace=_workspace(outline, spec, width),
+        activations=in_block,
+        logits=logits,
+        workspace=workspace,
     )
 
 
@@ -201,6 +211,11 @@ def _gradients_per_token(outline: Outline) -> int:
 @functools.lru_cache(maxsize=256)
 def _adapted(outline: Outline, targets: Targets) -> Layers:
     return match(outline.layers, targets)
+
+
+@functools.lru_cache(maxsize=256)
+def _params_per_rank(outline: Outline, targets: Targets) -> int:
+    return lora_params(_adapted(outline, targets), r=1)
 
 
 # --- what is kept for the backward pass ---------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from sweeps.devices import Device
@@ -10,9 +11,10 @@ from sweeps.trial.budget import Room, choose, with_recomputing
 from sweeps.trial.calibration import Calibration
 from sweeps.trial.duration import Pace, scoring_seconds, training_seconds
 from sweeps.trial.estimate import outline, trainable_params
-from sweeps.trial.lengths import RowLengths, row_lengths, scoring
+from sweeps.trial.lengths import RowLengths, Scoring, row_lengths, scoring
 from sweeps.trial.memory import Memory, Widths, base_bytes, scoring_memory, training_memory, widths
 from sweeps.trial.outline import Outline
+from sweeps.trial.scoring import token_budget as scoring_budget
 
 # A benchmark whose rows nobody counted is taken to have rows like the longest of the article's.
 _UNKNOWN_LONGEST = 256
@@ -62,8 +64,9 @@ def predict(
     trainable = trainable_params(spec)
     spec = _with_checkpointing(shapes, spec, width, trainable, device, on_cpu)
     asked, unknown = scoring(spec.evaluate)
-    longest_scored = max(asked.longest, _UNKNOWN_LONGEST if unknown else 0)
-    peak = scoring_memory(shapes, spec, width, spec.evaluate.batch_size * longest_scored)
+    batch_tokens = scoring_budget(spec.evaluate, on_cpu)
+    scored_tokens = _in_a_batch(asked, bool(unknown), batch_tokens)
+    peak = scoring_memory(shapes, spec, width, scored_tokens)
     notes = ["on a CPU the process's own memory comes on top"] if on_cpu else []
     notes += [f"no time of evaluation: nobody counted the rows of {', '.join(unknown)}"] if unknown else []
     pace, factors = _pace(device, width, calibration), _Factors.of(calibration)
@@ -85,14 +88,12 @@ def predict(
     notes += [calibration.note] if calibration is not None else []
     least_bytes = least.total
     if spec.train is not None and spec.evaluate.weights == "merged":
-        copy = scoring_memory(
-            shapes, spec.untrained(), width, spec.evaluate.batch_size * longest_scored
-        ).total
+        copy = scoring_memory(shapes, spec.untrained(), width, scored_tokens).total
         least_bytes = max(least_bytes, base_bytes(shapes, spec, width) + copy)
         notes.append(f"scored in an unquantised copy, which takes {copy / 1e9:.1f} GB beside the base")
     eval_seconds = None
     if pace is not None and not unknown:
-        eval_seconds = scoring_seconds(shapes, spec, trainable, pace, asked) * factors.eval_time
+        eval_seconds = scoring_seconds(shapes, spec, trainable, pace, asked, batch_tokens) * factors.eval_time
     least_bytes *= factors.memory
     return Prediction(
         trainable_params=trainable,
@@ -104,6 +105,12 @@ def predict(
         eval_seconds=eval_seconds,
         notes=tuple(notes),
     )
+
+
+def _in_a_batch(asked: Scoring, has_unknown: bool, batch_tokens: int) -> int:
+    """Tokens of the largest batch that is scored: a row of its own may be longer than a batch should be."""
+    longest = max(asked.longest, _UNKNOWN_LONGEST if has_unknown else 0)
+    return max(longest, batch_tokens if has_unknown else min(batch_tokens, math.ceil(asked.computed)))
 
 
 @dataclass(frozen=True)

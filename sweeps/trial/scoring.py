@@ -25,7 +25,7 @@ _KERNELS = ("sdpa", "eager")  # these take a mask of four dimensions
 _PAIR_FACTOR = 3.0
 _TOKENS_PER_ROW = 512  # of the plain way's rows
 _CPU_CEILING = 2048  # more tokens at once are no faster on a CPU: they only leave its caches
-_LOGITS_AT_ONCE = 1 << 24  # 64 MB in float32
+LOGITS_AT_ONCE = 1 << 24  # 64 MB in float32
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 # How far the two ways may be apart: for any request, and besides as a share of its log-likelihood.
 _TOLERANCE = {torch.float32: (1e-3, 1e-4)}
@@ -43,14 +43,14 @@ class CannotShare(Exception):
     """Why requests of this model must be scored one by one; the text is for people."""
 
 
-def token_budget(spec: EvaluateSpec, device: torch.device) -> int:
+def token_budget(spec: EvaluateSpec, on_cpu: bool) -> int:
     """Tokens of one batch, padding included.
 
     The same whatever memory is free: other batches, other last digits. A batch that memory is too small for
     is halved.
     """
     budget = _TOKENS_PER_ROW * spec.batch_size
-    return min(budget, _CPU_CEILING) if device.type == "cpu" else budget
+    return min(budget, _CPU_CEILING) if on_cpu else budget
 
 
 def pair_cost(model: Any) -> float:
@@ -300,7 +300,7 @@ class _Runner:
         values: np.ndarray = np.empty(len(targets))
         hits: np.ndarray = np.empty(len(targets), dtype=bool)
         order = np.argsort(owners, kind="stable")
-        step = max(1, _LOGITS_AT_ONCE // _text_config(self._causal).vocab_size)
+        step = max(1, LOGITS_AT_ONCE // _text_config(self._causal).vocab_size)
         for begin in range(0, len(hidden), step):
             low = np.searchsorted(owners, begin, sorter=order)
             asked = order[low : np.searchsorted(owners, begin + step, sorter=order)]

@@ -93,7 +93,7 @@ def test_tune_keeps_no_trial_that_has_ended_but_the_last(ray_scheduler: RaySched
 
     def count() -> None:
         gc.collect()
-        alive.append(sum(isinstance(thing, Trial) for thing in gc.get_objects()))
+        alive.append(sum(type(thing) is Trial for thing in gc.get_objects()))
 
     notebook.on_report = count
     ray_scheduler.run(notebook)

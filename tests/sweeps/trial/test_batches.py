@@ -67,7 +67,7 @@ def _cut(rows: list[int], cuts: tuple[bool, ...]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "device", "most"), [(8, "cpu", 0.1), (128, "cpu", 0.05), (128, "cuda", 0.10)]
+    ("batch_size", "device", "most"), [(8, "cpu", 0.2), (128, "cpu", 0.08), (128, "cuda", 0.1)]
 )
 def test_little_of_a_step_on_alpaca_is_padding(batch_size: int, device: str, most: float) -> None:
     """Padded to the longest of its step, half of a batch of 8 would be."""

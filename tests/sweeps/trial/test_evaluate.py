@@ -461,6 +461,17 @@ def test_the_next_evaluation_takes_prompts_and_plan_from_the_one_before_and_says
     assert evaluate(model, tokenizer, spec) == first
 
 
+def test_a_plan_that_would_fill_the_memory_is_made_anew(
+    plain: Any, tokenizer: Any, data_dir: Path, loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "_KEPT_TOKENS", 50)
+    for limit, plans in ((1, ["plan"]), (None, ["plan", "plan"])):
+        spec = EvaluateSpec(tasks=("blimp_causative",), data_dir=str(data_dir), limit=limit)
+        assert evaluate(plain, tokenizer, spec) == evaluate(plain, tokenizer, spec)
+        assert loads == ["blimp_causative", *plans]
+        loads.clear()
+
+
 def test_another_tokenizer_or_length_gets_a_plan_of_its_own(
     plain: Any, tokenizer: Any, data_dir: Path, loads: list[str]
 ) -> None:

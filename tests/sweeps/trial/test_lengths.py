@@ -62,6 +62,7 @@ def test_the_articles_benchmarks_are_about_two_million_tokens() -> None:
     assert unknown == ()
     assert 2.0e6 < asked.tokens < 2.3e6
     assert asked.longest == 233
+    assert 5 < asked.tokens / asked.computed < 15  # most of them are shared
 
 
 def test_a_limit_asks_for_that_share_of_each_benchmark() -> None:

@@ -121,7 +121,7 @@ def test_a_likeliest_continuation_is_told(llama: Any) -> None:
 def test_few_logits_at_once_give_the_same(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = with_trunk()
     at_once = score(llama, plan, nothing)
-    monkeypatch.setattr(scoring, "_LOGITS_AT_ONCE", 150)
+    monkeypatch.setattr(scoring, "LOGITS_AT_ONCE", 150)
     few = score(llama, plan, nothing)
     assert [answer.loglikelihood for answer in few] == pytest.approx(
         [answer.loglikelihood for answer in at_once], abs=1e-5
@@ -268,10 +268,10 @@ def test_a_pair_of_tokens_is_weighed_against_the_weights_of_a_block(llama: Any) 
 
 
 @pytest.mark.parametrize(
-    ("rows", "device", "expected"),
-    [(16, "cuda", 8192), (4, "cuda", 2048), (16, "cpu", 2048), (2, "cpu", 1024)],
+    ("rows", "on_cpu", "expected"),
+    [(16, False, 8192), (4, False, 2048), (16, True, 2048), (2, True, 1024)],
 )
 def test_a_batch_has_512_tokens_for_each_row_and_on_a_cpu_2048_at_the_most(
-    rows: int, device: str, expected: int
+    rows: int, on_cpu: bool, expected: int
 ) -> None:
-    assert token_budget(EvaluateSpec(batch_size=rows), torch.device(device)) == expected
+    assert token_budget(EvaluateSpec(batch_size=rows), on_cpu) == expected
