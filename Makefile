@@ -11,6 +11,7 @@ VENV   := .venv
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip -qq --disable-pip-version-check --no-input
 PYTEST := $(RUN) -m pytest
+BOTH   := -n 2 --dist worksteal  # most tests are one process that waits, or computes with one thread
 STAMP  := $(VENV)/.installed
 
 # The first Python that will do; `make PYTHON=/path/to/python ...` picks another.
@@ -25,14 +26,14 @@ quickstart: $(STAMP)  ## install, run the quickstart sweep, print its results
 	@$(RUN) -m sweepsvc launch search_spaces/quickstart.yaml
 
 test: $(STAMP)  ## install, run every test: the unit tier, then the slow tier
-	$(PYTEST) -m "not slow" $(ARGS)
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) $(BOTH) -m "not slow" $(ARGS)
+	$(PYTEST) $(BOTH) -m slow $(ARGS)
 
 unit: $(STAMP)  ## the unit tier alone; make unit ARGS="-k batches" narrows it
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) $(BOTH) -m "not slow" $(ARGS)
 
 slow: $(STAMP)  ## the slow tier alone: real libraries, end to end
-	$(PYTEST) -m slow $(ARGS)
+	$(PYTEST) $(BOTH) -m slow $(ARGS)
 
 check: $(STAMP)  ## format, lint, types, import floors
 	$(RUN) -m ruff format --check

@@ -29,7 +29,7 @@ from sweeps.trial.finetune import Training
 from sweeps.trial.keeping import Keeping
 from sweeps.trial.paths import CHECKPOINT, remove, whole_folder
 
-FORMAT = 2
+FORMAT = 3
 """Counts up whenever an older reader, or an older file, would be misunderstood."""
 
 _TENSORS, _STATE, _MANIFEST = "tensors.safetensors", "state.json", "manifest.json"
