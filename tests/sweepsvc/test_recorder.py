@@ -486,6 +486,7 @@ assert mlflow.active_run() is None
 """
 
 
+@pytest.mark.slow
 def test_an_mlruns_folder_that_lies_about_gets_nothing_and_a_new_store_is_made_in_silence(
     tmp_path: Path,
 ) -> None:

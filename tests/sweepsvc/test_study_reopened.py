@@ -133,6 +133,7 @@ def test_a_driver_killed_before_any_of_its_writes_changes_nothing_in_the_end(
         assert not [trial for trial in rows(url, sweep_id) if not trial.state.is_finished()]
 
 
+@pytest.mark.slow
 def test_a_resumed_sampler_draws_what_it_would_have_drawn(url: str) -> None:
     """Not its first draws again, as a sampler with a seed would."""
     for sampler in ("random", "tpe", "gp", "cmaes", "qmc"):

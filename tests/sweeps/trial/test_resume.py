@@ -553,7 +553,7 @@ def test_a_loss_that_stays_high_is_counted_across_the_cut(
 # --- after the training -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("weights", ["trained", "merged"])
+@pytest.mark.parametrize("weights", ["trained", pytest.param("merged", marks=pytest.mark.slow)])
 def test_an_evaluation_that_failed_is_all_that_is_done_again(
     weights: str,
     spec: TrialSpec,

@@ -256,6 +256,7 @@ def test_a_merged_trial_is_scored_in_the_unquantised_base_and_on_no_other_weight
     assert any("the adapter merged into it, set by evaluate.weights" in note for note in result.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_law_l3_a_merged_trial_leaves_the_resident_base_as_it_was_and_frees_its_copy(
     quantization: str, spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -310,6 +311,7 @@ def test_memory_that_runs_out_in_merging_is_out_of_memory_with_a_remedy_and_the_
     assert (tmp_path / "adapter/adapter_model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_merged_trial_is_that_of_its_training(
     spec: TrialSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
