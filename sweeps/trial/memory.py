@@ -257,9 +257,8 @@ def _kept_of(kind: str, shape: Shape, outline: Outline) -> float:
 
 def _more_in_float32(kind: str, shape: Shape, outline: Outline, spec: TrialSpec, width: Widths) -> float:
     """Bytes a token more where attention computes in float32 between layers of 16 bits (`attention.py`)."""
-    is_eager = spec.model.attention == "eager" or not outline.has_sdpa
     assert spec.train is not None
-    if is_eager or not width.on_cpu or width.model == 4 or spec.train.gradient_checkpointing:
+    if _is_eager(outline, spec) or not width.on_cpu or width.model == 4 or spec.train.gradient_checkpointing:
         return 0.0
     kept = shape.out_features if kind in ("q_proj", "k_proj", "v_proj", *_FUSED_QKV) else 0
     return (4.0 - width.model) * (kept + (shape.in_features if kind in _ATTENTION_OUT else 0))
@@ -311,10 +310,13 @@ def _head_bytes(outline: Outline, spec: TrialSpec, width: Widths, tokens: int) -
     return around + max(in_loss, in_head)
 
 
+def _is_eager(outline: Outline, spec: TrialSpec) -> bool:
+    return spec.model.attention == "eager" or not outline.has_sdpa
+
+
 def _attention_scores(outline: Outline, spec: TrialSpec, width: Widths, longest: int) -> float:
     """Bytes a token that eager attention keeps in a block: the scores in float32, and cast; no other does."""
-    is_eager = spec.model.attention == "eager" or not outline.has_sdpa
-    if not is_eager:
+    if not _is_eager(outline, spec):
         return 0.0
     capped = width.model if getattr(outline.config, "attn_logit_softcapping", None) else 0
     return float(outline.config.num_attention_heads * longest * (4 + width.model + capped))
