@@ -208,25 +208,13 @@ def make_spec(given: argparse.Namespace, budget: int | str, device: torch.device
 # --- three ways -------------------------------------------------------------------------------------
 
 
-class Unkept:
-    """A keeper that writes no checkpoint."""
-
-    def after_step(self, training: Any) -> None: ...
-
-    def now(self, training: Any) -> None: ...
-
-
 def ours(base: Base, rows: Sequence[TokenRow], given: argparse.Namespace, budget: int | str) -> Measurement:
     """Our loop; a budget of 1 token is one row at a time, as the article trained."""
     from sweeps.trial.adapter import attach
-    from sweeps.trial.base import make_optimizer
-    from sweeps.trial.budget import Room, choose
-    from sweeps.trial.finetune import Trained, Training, finetune, probe
-    from sweeps.trial.loss import loss_of
+    from sweeps.trial.begin import begin, choose_here
+    from sweeps.trial.finetune import Trained, Unkept, finetune
     from sweeps.trial.measure import MemoryMeter
-    from sweeps.trial.memory import widths_of
     from sweeps.trial.outline import outline_of
-    from sweeps.trial.rng import TrialRng
 
     spec = make_spec(given, budget, base.device)
     assert spec.train is not None
@@ -234,25 +222,18 @@ def ours(base: Base, rows: Sequence[TokenRow], given: argparse.Namespace, budget
     outline = outline_of(base.model)  # while it is bare
     meter = MemoryMeter(base.device)
     with attach(base, spec.lora, spec.train.seed) as adapter:
-        width = widths_of(base.dtype, adapter.dtype, on_cpu=base.device.type == "cpu")
-        chosen = choose(outline, spec, width, max(map(len, rows)), Room.on(base.device))
-        if chosen.recomputes:
-            adapter.enable_gradient_checkpointing()
-        trained, loss_in = Trained(token_budget=chosen.token_budget), loss_of(adapter.model)
-        rng = TrialRng(spec.train.seed, base.device)
-        training = Training(adapter.named_parameters(), spec, rng, make_optimizer, trained)
-        note = chosen.notes[-1]
-        if spec.train.token_budget == "auto" and base.device.type == "cuda":
-            note = probe(adapter.model, loss_in, training, rows, spec.train)
-        size = trained.token_budget
-        reports = finetune(adapter.model, loss_in, training, data, spec, Unkept())
+        chosen = choose_here(outline, adapter, spec, max(map(len, rows)))
+        trained = Trained()
+        begun = begin(adapter, rows, spec, trained, chosen)
+        note, size = begun.notes[-1], begun.first_budget
+        reports = finetune(adapter.model, begun.loss, begun.training, data, spec, Unkept())
         next(reports)  # the first step also compiles and allocates
         seconds, tokens = trained.watch.seconds, trained.tokens
         loss = None
         for report in reports:
             loss = report.train_loss
         way = "one row at a time" if budget == 1 else "ours"
-        note += ", activations recomputed" if chosen.recomputes else ""
+        note += ", activations recomputed" if begun.recomputes else ""
         if trained.token_budget < size:
             note += f", halved to {trained.token_budget} when memory ran out"
         measured = Measurement(
@@ -265,7 +246,7 @@ def ours(base: Base, rows: Sequence[TokenRow], given: argparse.Namespace, budget
         )
         done = _with_cost(measured, base, adapter.trainable_params, meter.peak_gb)
         reports.close()
-        del training, reports
+        del begun, reports
     meter.close()
     return done
 

@@ -8,6 +8,7 @@ seconds nor bytes depend on their values.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import math
@@ -26,21 +27,20 @@ import torch
 from sweeps.devices import Device
 from sweeps.errors import BadModel, CannotStart, OutOfMemory
 from sweeps.spec import ModelSpec, TrialSpec
-from sweeps.trial.adapter import attach
-from sweeps.trial.base import Base, Resident, make_optimizer, without_progress_bars
+from sweeps.trial.adapter import Adapter, attach
+from sweeps.trial.base import Base, Resident, without_progress_bars
 from sweeps.trial.batches import CALL_TOKENS, rectangles, row_order
-from sweeps.trial.budget import Room, choose
+from sweeps.trial.begin import begin, choose_here
+from sweeps.trial.budget import Choice
 from sweeps.trial.calibration import Calibration, cpu_title
 from sweeps.trial.data import TokenData, TokenRow
 from sweeps.trial.duration import Pace, Work, backward_seconds, forward_seconds, training_operations
 from sweeps.trial.estimate import config_of, frozen_params, outline, trainable_params
-from sweeps.trial.finetune import Trained, Training, finetune
+from sweeps.trial.finetune import Trained, Unkept, finetune
 from sweeps.trial.lengths import RowLengths, row_lengths, scoring
-from sweeps.trial.loss import loss_of
 from sweeps.trial.measure import MemoryMeter
-from sweeps.trial.memory import training_memory, widths, widths_of
+from sweeps.trial.memory import training_memory, widths
 from sweeps.trial.miniature import make_tokenizer
-from sweeps.trial.rng import TrialRng
 from sweeps.trial.source import FolderModel, HubModel, locate
 
 _WARMING, _MOST_STEPS = 1, 3
@@ -124,35 +124,30 @@ def _measure(spec: TrialSpec, base: Base) -> tuple[_Steps, _Scored]:
     assert spec.train is not None
     rows, shapes = row_lengths(spec.data), outline(spec.model)
     with attach(base, spec.lora, spec.train.seed) as adapter:
-        width = widths_of(base.dtype, adapter.dtype, on_cpu=base.device.type == "cpu")
-        chosen = choose(shapes, spec, width, rows.longest, Room.on(base.device))
-        budget = chosen.token_budget
-        if chosen.recomputes:
-            adapter.enable_gradient_checkpointing()
-        some = _some_steps(spec, rows, budget, chosen.recomputes)
-        parameters = adapter.named_parameters()
+        choice = choose_here(shapes, adapter, spec, rows.longest)
         while True:
-            steps, left = _train(adapter.model, parameters, base, some, rows, budget)
-            if left == budget:
+            some = _some_steps(spec, rows, choice)
+            steps, first, last = _train(adapter, some, rows, choice)
+            if last == first:
                 return steps, _score(adapter.model, base, some)
             # Memory ran out, and the loop went on with less at once: again, so that the peak is that of the
             # budget which the steps had.
-            budget = left
+            choice = dataclasses.replace(choice, token_budget=last)
 
 
-def _some_steps(spec: TrialSpec, rows: RowLengths, budget: int, recomputes: bool) -> TrialSpec:
+def _some_steps(spec: TrialSpec, rows: RowLengths, choice: Choice) -> TrialSpec:
     """The trial with a few steps, each of no more rows than fill two micro-batches: the next are alike.
 
     They learn next to nothing, so that made-up rows cannot make them diverge.
     """
     assert spec.train is not None
-    enough = max(1, math.ceil(2 * budget / rows.mean))
+    enough = max(1, math.ceil(2 * choice.token_budget / rows.mean))
     batch_size = min(spec.train.batch_size, enough)
     train = spec.train.model_copy(
         update={
             "batch_size": batch_size,
             "samples": batch_size * (_WARMING + _MOST_STEPS),
-            "gradient_checkpointing": recomputes,
+            "gradient_checkpointing": choice.recomputes,
             "log_every": 1,
             "eval_every": 0,
             "diverged_above": 1e9,
@@ -163,35 +158,20 @@ def _some_steps(spec: TrialSpec, rows: RowLengths, budget: int, recomputes: bool
     return spec.model_copy(update={"train": train, "schedule": schedule, "optimizer": optimizer})
 
 
-class _Unkept:
-    """Keeps nothing of what it trains."""
-
-    def after_step(self, training: Training) -> None:
-        """Nothing is kept."""
-
-    def now(self, training: Training) -> None:
-        """Nor when it ends early."""
-
-
-def _train(
-    model: torch.nn.Module,
-    parameters: dict[str, torch.nn.Parameter],
-    base: Base,
-    spec: TrialSpec,
-    rows: RowLengths,
-    budget: int,
-) -> tuple[_Steps, int]:
-    """Run the trial's own loop; what was measured, and the token budget that it ended with."""
+def _train(adapter: Adapter, spec: TrialSpec, rows: RowLengths, choice: Choice) -> tuple[_Steps, int, int]:
+    """Run the trial's own loop; what was measured, and the token budgets that it began and ended with."""
     assert spec.train is not None
+    base = adapter.base
     made = _made_up(rows, spec, base.model.config.get_text_config().vocab_size)
     data = TokenData(train=made, held_out=(), truncated=0, digest="")
-    trained = Trained(token_budget=budget)
-    rng = TrialRng(spec.train.seed, base.device)
-    training = Training(parameters, spec, rng, make_optimizer, trained)
+    trained = Trained()
+    begun = begin(adapter, made, spec, trained, choice)
+    budget = begun.first_budget
     meter = MemoryMeter(base.device)
     seconds: list[float] = []  # up to the end of each step
     try:
-        with contextlib.closing(finetune(model, loss_of(model), training, data, spec, _Unkept())) as reports:
+        steps_of = finetune(adapter.model, begun.loss, begun.training, data, spec, Unkept())
+        with contextlib.closing(steps_of) as reports:
             for _ in reports:
                 seconds.append(trained.seconds)
                 if len(seconds) > _WARMING and seconds[-1] - seconds[_WARMING - 1] > _ENOUGH_SECONDS:
@@ -217,7 +197,7 @@ def _train(
         largest=max(shapes),
         peak_bytes=None if peak is None else peak * 1e9,
     )
-    return steps, trained.token_budget
+    return steps, budget, trained.token_budget
 
 
 def _made_up(rows: RowLengths, spec: TrialSpec, vocabulary: int) -> list[TokenRow]:

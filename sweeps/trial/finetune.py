@@ -127,6 +127,16 @@ class Keeps(Protocol):
         """The training ends here, before its time."""
 
 
+class Unkept:
+    """Keeps nothing of what it trains: a measurement."""
+
+    def after_step(self, training: Training) -> None:
+        """Nothing is kept."""
+
+    def now(self, training: Training) -> None:
+        """Nor when it ends early."""
+
+
 def learning_rate(step: int, spec: TrialSpec) -> float:
     """The rate of the optimiser update that follows `step` updates.
 

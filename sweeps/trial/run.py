@@ -8,7 +8,7 @@ import os
 import platform
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,19 @@ from sweeps.errors import BadData, EvaluationFailed, Interrupted, OutOfMemory, f
 from sweeps.result import Failure, Measured, Outcome, Progress, Score, TrialResult
 from sweeps.spec import ModelSpec, TrialSpec
 from sweeps.trial.adapter import Adapter, attach
-from sweeps.trial.base import Base, Resident, make_optimizer
-from sweeps.trial.budget import Choice, Room, choose
+from sweeps.trial.base import Base, Resident
+from sweeps.trial.begin import Begun, begin, choose_here
 from sweeps.trial.causes import disk_full
 from sweeps.trial.checkpoint import Checkpoint, Checkpoints, Keeper
 from sweeps.trial.data import TokenData
 from sweeps.trial.evaluate import check, evaluate
-from sweeps.trial.finetune import Trained, Training, finetune, probe
+from sweeps.trial.finetune import Trained, finetune
 from sweeps.trial.keeping import Keeping
 from sweeps.trial.lock import WAIT_SECONDS, FolderLock
-from sweeps.trial.loss import loss_of
 from sweeps.trial.measure import MemoryMeter, Stopwatch
-from sweeps.trial.memory import widths_of
 from sweeps.trial.merge import merge
 from sweeps.trial.outline import Outline, outline_of
 from sweeps.trial.paths import TrialFolder, remove, write_whole
-from sweeps.trial.rng import TrialRng
 from sweeps.trial.tokencache import prepare
 
 _DEFAULT_KEEPING = Keeping()
@@ -104,11 +101,11 @@ class _Account:
             self.meter.close()
             self.meter = None
 
-    def for_checkpoint(self, first_budget: int, recomputes: bool) -> dict[str, Any]:
+    def for_checkpoint(self, begun: Begun) -> dict[str, Any]:
         """What the next attempt must know beside the training's own state."""
         return {
-            "first_budget": first_budget,
-            "gradient_checkpointing": recomputes,
+            "first_budget": begun.first_budget,
+            "gradient_checkpointing": begun.recomputes,
             "data_digest": self.data_digest,
             "measured": self.measured().model_dump(mode="json"),
             "notes": list(self.notes),
@@ -239,58 +236,28 @@ def _train(
 ) -> Iterator[Progress]:
     assert spec.train is not None
     trained, notes = account.trained, account.notes
-    rng = TrialRng(spec.train.seed, base.device)
-    training = Training(adapter.named_parameters(), spec, rng, make_optimizer, trained)
     checkpoints = Checkpoints(files.checkpoints, spec.digest, base.device.type)
-    loss = loss_of(adapter.model)
-    notes.append(loss.note)
-    width = widths_of(base.dtype, adapter.dtype, on_cpu=base.device.type == "cpu")
-    longest = max(map(len, rows.train))
-
-    def choice() -> Choice:
-        return choose(outline, spec, width, longest, Room.on(base.device))
-
-    budget, recomputes = _begin_or_resume(choice, training, checkpoints, account)
-    if recomputes:
-        adapter.enable_gradient_checkpointing()
-    if spec.train.token_budget == "auto" and base.device.type == "cuda" and not trained.step:
-        notes.append(probe(adapter.model, loss, training, rows.train, spec.train))
-        budget = trained.token_budget
-    keeper = Keeper(
-        checkpoints, keeping, lambda: account.for_checkpoint(budget, recomputes), notes, trained.step
-    )
+    checkpoint, refused = checkpoints.newest()
+    if checkpoint is not None:
+        account.go_on_from(checkpoint)
+    at = checkpoint or choose_here(outline, adapter, spec, max(map(len, rows.train)))
+    begun = begin(adapter, rows.train, spec, trained, at)
+    notes += [note for note in (*refused, *begun.notes) if note not in notes]
+    keeper = Keeper(checkpoints, keeping, lambda: account.for_checkpoint(begun), notes, trained.step)
 
     yield Progress(phase="training", step=trained.step, steps=spec.steps, notes=tuple(notes))
     _stop_if_asked(keeping)
     said = len(notes)
     # Closed with us, and not whenever its memory is taken back: it then writes a checkpoint.
-    with contextlib.closing(finetune(adapter.model, loss, training, rows, spec, keeper)) as reports:
+    steps = finetune(adapter.model, begun.loss, begun.training, rows, spec, keeper)
+    with contextlib.closing(steps) as reports:
         for progress in reports:
             news, said = tuple(notes[said:]), len(notes)
             yield progress.model_copy(
                 update={"peak_memory_gb": account.measured().peak_memory_gb, "notes": news}
             )
-    if trained.token_budget < budget:
+    if trained.token_budget < begun.first_budget:
         notes.append(f"token budget {trained.token_budget}: halved when memory ran out")
-
-
-def _begin_or_resume(
-    choice: Callable[[], Choice], training: Training, checkpoints: Checkpoints, account: _Account
-) -> tuple[int, bool]:
-    """Put the training where it was cut, if it was; the token budget of the first step, and whether
-    activations are recomputed."""
-    checkpoint, refused = checkpoints.newest()
-    if checkpoint is None:
-        chosen = choice()
-        training.trained.token_budget = chosen.token_budget
-        account.notes += [*chosen.notes, *refused]
-        return chosen.token_budget, chosen.recomputes
-    account.go_on_from(checkpoint)
-    training.restore(checkpoint.tensors, checkpoint.values["training"])
-    where = f"resumed at step {checkpoint.step} of {training.steps}"
-    account.notes += [*refused, f"{where}, from the checkpoint of {checkpoint.written}"]
-    # These too are the checkpoint's, whatever memory is free by now: another budget, other last digits.
-    return checkpoint.values["first_budget"], checkpoint.values["gradient_checkpointing"]
 
 
 def _evaluate(

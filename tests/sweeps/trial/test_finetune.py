@@ -58,14 +58,6 @@ def trainable(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return list(named(model).values())
 
 
-class Unkept:
-    """Keeps nothing."""
-
-    def after_step(self, training: loop.Training) -> None: ...
-
-    def now(self, training: loop.Training) -> None: ...
-
-
 def train(
     model: torch.nn.Module,
     spec: TrialSpec,
@@ -75,7 +67,7 @@ def train(
 ) -> tuple[loop.Trained, list[Progress]]:
     trained = loop.Trained(token_budget=budget)
     training = loop.Training(named(model), spec, TrialRng(1, CPU), sgd, trained)
-    return trained, list(loop.finetune(model, loss or loss_of(model), training, data, spec, Unkept()))
+    return trained, list(loop.finetune(model, loss or loss_of(model), training, data, spec, loop.Unkept()))
 
 
 def gradients(
