@@ -24,6 +24,9 @@ Weighting = Literal["sample", "token"]
 # train some 650 tokens.
 CALL_TOKENS = {"cpu": 150, "cuda": 512}
 
+CPU_CEILING = 2048
+"""Tokens: more at once are no faster on a CPU, they only leave its caches."""
+
 
 @dataclass(frozen=True)
 class MicroBatch:

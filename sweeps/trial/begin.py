@@ -33,7 +33,7 @@ class Begun:
 
 
 def choose_here(outline: Outline, adapter: Adapter, spec: TrialSpec, longest: int) -> Choice:
-    """What `auto` makes of the memory that is free now, the adapter being on; `outline` is of the bare base."""
+    """What `auto` makes of the memory that is free now, with the adapter on; `outline` is of the bare base."""
     base = adapter.base
     width = widths_of(base.dtype, adapter.dtype, on_cpu=base.device.type == "cpu")
     return choose(outline, spec, width, longest, Room.on(base.device))

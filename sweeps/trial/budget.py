@@ -10,11 +10,11 @@ import psutil
 import torch
 
 from sweeps.spec import TrialSpec
+from sweeps.trial.batches import CPU_CEILING
 from sweeps.trial.memory import Widths, training_memory
 from sweeps.trial.outline import Outline
 
 _FLOOR = 256
-_CPU_CEILING = 2048  # more tokens at once are no faster on a CPU: they only leave its caches
 _SHARE_OF_FREE = 0.9  # the rest is for what is not counted, and for fragments
 _MOST = 1 << 20
 
@@ -74,7 +74,7 @@ def choose(outline: Outline, spec: TrialSpec, width: Widths, longest: int, room:
     taken = step_bytes(outline, spec, width, budget, longest) / 1e9
     why = f"a step of it takes about {taken:.2f} GB, {room}"
     if room.on_cpu:
-        why += f"; never above {_CPU_CEILING} on a CPU, where more are no faster, and not probed"
+        why += f"; never above {CPU_CEILING} on a CPU, where more are no faster, and not probed"
     return Choice(budget, recomputes, (*said, f"token budget {budget}: {why}"))
 
 
@@ -95,7 +95,7 @@ def tokens_that_fit(outline: Outline, spec: TrialSpec, width: Widths, longest: i
 
 def _largest_power_of_two(outline: Outline, spec: TrialSpec, width: Widths, longest: int, room: Room) -> int:
     """The same among powers of two, from the floor up: a few looks, where thousands of trials are planned."""
-    ceiling = _CPU_CEILING if room.on_cpu else _MOST
+    ceiling = CPU_CEILING if room.on_cpu else _MOST
     powers = [1 << bits for bits in range(_FLOOR.bit_length() - 1, ceiling.bit_length())]
 
     def needed(tokens: int) -> float:

@@ -8,9 +8,9 @@ import json
 from typing import Any
 
 from sweeps.spec import ModelSpec, TrialSpec
-from sweeps.trial.outline import Outline, outline_of
+from sweeps.trial.outline import Outline, adapted_layers, outline_of, params_per_rank
 from sweeps.trial.source import FolderModel, GgufModel, HubModel, locate, read_config, unloadable
-from sweeps.trial.targets import Targets, lora_params, magnitude_params, match, refuse_rank
+from sweeps.trial.targets import magnitude_params, refuse_rank
 
 # Weights that a Python package ships, and the hub model that they are: known where the package is not
 # installed, and in no time where it is.
@@ -26,8 +26,9 @@ def trainable_params(spec: TrialSpec) -> int:
     if spec.train is None:
         return 0
     architecture, lora = _architecture(spec.model), spec.lora
-    params = lora.r * _params_per_rank(architecture, lora.targets)
-    return params + _magnitude_params(architecture, lora.targets) if lora.dora else params
+    shapes = _outline(architecture)
+    params = lora.r * params_per_rank(shapes, lora.targets)
+    return params + magnitude_params(adapted_layers(shapes, lora.targets)) if lora.dora else params
 
 
 def frozen_params(model: ModelSpec) -> int:
@@ -43,7 +44,7 @@ def outline(model: ModelSpec) -> Outline:
 def check_fit(spec: TrialSpec) -> None:
     """Raise `BadModel` where the adapter does not fit the layers of the model, as the trial itself would."""
     if spec.train is not None:
-        refuse_rank(match(outline(spec.model).layers, spec.lora.targets), spec.lora.r)
+        refuse_rank(adapted_layers(outline(spec.model), spec.lora.targets), spec.lora.r)
 
 
 def config_of(model: ModelSpec) -> Any:
@@ -54,16 +55,6 @@ def config_of(model: ModelSpec) -> Any:
 def _architecture(model: ModelSpec) -> ModelSpec:
     """What of a model tells its shapes, so that all trials on it share one look."""
     return ModelSpec(id=model.id, revision=model.revision, trust_remote_code=model.trust_remote_code)
-
-
-@functools.lru_cache(maxsize=256)
-def _params_per_rank(architecture: ModelSpec, targets: Targets) -> int:
-    return lora_params(match(_outline(architecture).layers, targets), r=1)
-
-
-@functools.lru_cache(maxsize=256)
-def _magnitude_params(architecture: ModelSpec, targets: Targets) -> int:
-    return magnitude_params(match(_outline(architecture).layers, targets))
 
 
 @functools.lru_cache(maxsize=64)

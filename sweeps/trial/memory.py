@@ -19,9 +19,9 @@ import torch
 
 from sweeps.spec import OptimizerSpec, TrialSpec
 from sweeps.trial.loss import chunk_rows
-from sweeps.trial.outline import Outline
+from sweeps.trial.outline import Outline, adapted_layers, params_per_rank
 from sweeps.trial.scoring import LOGITS_AT_ONCE
-from sweeps.trial.targets import Layers, Shape, Targets, lora_params, magnitude_params, match
+from sweeps.trial.targets import Layers, Shape, Targets, magnitude_params
 
 # A 4-bit weight, and its share of the float32 constant of its block of 64 (Dettmers et al. 2023, "QLoRA",
 # section 3): those constants in 8 bits, with a float32 for each 256 of them, under double quantisation.
@@ -110,8 +110,8 @@ def widths_of(model: torch.dtype, adapter: torch.dtype, *, on_cpu: bool) -> Widt
 def training_memory(outline: Outline, spec: TrialSpec, width: Widths, tokens: int, longest: int) -> Memory:
     """The peak of a step whose largest micro-batch has `tokens`, padding included, in rows of `longest`."""
     assert spec.train is not None
-    adapted = _adapted(outline, spec.lora.targets)
-    trained: float = spec.lora.r * _params_per_rank(outline, spec.lora.targets) * width.adapter
+    adapted = adapted_layers(outline, spec.lora.targets)
+    trained: float = spec.lora.r * params_per_rank(outline, spec.lora.targets) * width.adapter
     if spec.lora.dora:
         trained += magnitude_params(adapted) * width.adapter
     blocks = _kept_per_token(outline, spec, width, longest)
@@ -142,7 +142,7 @@ def scoring_memory(outline: Outline, spec: TrialSpec, width: Widths, tokens: int
     """The peak of a batch of `tokens` that is scored: nothing is kept, logits are made in parts."""
     adapters = 0.0
     if spec.train is not None:
-        adapters = float(spec.lora.r * _params_per_rank(outline, spec.lora.targets) * width.adapter)
+        adapters = float(spec.lora.r * params_per_rank(outline, spec.lora.targets) * width.adapter)
     # The peak is within a block or behind the head: what one holds is gone where the other is.
     in_block = float(tokens * _gradients_per_token(outline) * width.model)
     workspace = _workspace(outline, spec, width)
@@ -208,16 +208,6 @@ def _gradients_per_token(outline: Outline) -> int:
     return int(3 * widest + 2 * outline.config.hidden_size)
 
 
-@functools.lru_cache(maxsize=256)
-def _adapted(outline: Outline, targets: Targets) -> Layers:
-    return match(outline.layers, targets)
-
-
-@functools.lru_cache(maxsize=256)
-def _params_per_rank(outline: Outline, targets: Targets) -> int:
-    return lora_params(_adapted(outline, targets), r=1)
-
-
 # --- what is kept for the backward pass ---------------------------------------------------------------
 
 
@@ -237,7 +227,7 @@ def _kept_per_token(outline: Outline, spec: TrialSpec, width: Widths, longest: i
 @functools.lru_cache(maxsize=256)
 def _kinds(outline: Outline, targets: Targets) -> Counter[tuple[str, Shape, bool, bool]]:
     """All layers, those that are alike counted together: (kind, shape, is the head, carries an adapter)."""
-    adapted = _adapted(outline, targets)
+    adapted = adapted_layers(outline, targets)
     return Counter(
         (name.rpartition(".")[2], shape, name == outline.head, name in adapted)
         for name, shape in outline.layers.items()
@@ -301,7 +291,7 @@ def _head_bytes(outline: Outline, spec: TrialSpec, width: Widths, tokens: int) -
         and not outline.is_tied
     ):
         in_head = vocabulary * outline.config.hidden_size * width.model + 2 * logits * width.model
-    adapted = _adapted(outline, spec.lora.targets)
+    adapted = adapted_layers(outline, spec.lora.targets)
     if outline.head and outline.head in adapted:
         shape = adapted[outline.head]
         around += rows * _kept_by_adapter("lm_head", shape, spec, width)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sweeps.trial.targets import Layers, linear_layers
+from sweeps.trial.targets import Layers, Targets, linear_layers, lora_params, match
 
 
 @dataclass(frozen=True, eq=False)  # known by identity, so that what is counted of it can be cached
@@ -60,6 +60,18 @@ def outline_of(model: Any) -> Outline:
         kv_width=(kv_heads or heads) * head_width,
         has_sdpa=bool(getattr(model, "_supports_sdpa", True)),
     )
+
+
+@functools.lru_cache(maxsize=256)
+def adapted_layers(outline: Outline, targets: Targets) -> Layers:
+    """The layers that `lora.targets` puts an adapter on. Raises `BadModel` where a target matches none."""
+    return match(outline.layers, targets)
+
+
+@functools.lru_cache(maxsize=256)
+def params_per_rank(outline: Outline, targets: Targets) -> int:
+    """What LoRA of rank 1 on those trains."""
+    return lora_params(adapted_layers(outline, targets), r=1)
 
 
 def _numbers(parameter: torch.nn.Parameter) -> int:

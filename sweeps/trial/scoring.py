@@ -17,6 +17,7 @@ import torch
 from transformers import DynamicCache
 
 from sweeps.spec import EvaluateSpec
+from sweeps.trial.batches import CPU_CEILING
 from sweeps.trial.prefixtree import Batch, Plan, Request, Row
 
 _KERNELS = ("sdpa", "eager")  # these take a mask of four dimensions
@@ -24,7 +25,6 @@ _KERNELS = ("sdpa", "eager")  # these take a mask of four dimensions
 # reads a mask, and computes what it hides.
 _PAIR_FACTOR = 3.0
 _TOKENS_PER_ROW = 512  # of the plain way's rows
-_CPU_CEILING = 2048  # more tokens at once are no faster on a CPU: they only leave its caches
 LOGITS_AT_ONCE = 1 << 24  # 64 MB in float32
 _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 # How far the two ways may be apart: for any request, and besides as a share of its log-likelihood.
@@ -50,7 +50,7 @@ def token_budget(spec: EvaluateSpec, on_cpu: bool) -> int:
     is halved.
     """
     budget = _TOKENS_PER_ROW * spec.batch_size
-    return min(budget, _CPU_CEILING) if on_cpu else budget
+    return min(budget, CPU_CEILING) if on_cpu else budget
 
 
 def pair_cost(model: Any) -> float:

@@ -159,7 +159,6 @@ def test_a_gguf_file_tells_its_architecture_before_and_after_it_was_converted(
     expected = trainable_params(spec_of(tiny_model_dir))
     for _ in range(2):
         estimate._outline.cache_clear()
-        estimate._params_per_rank.cache_clear()
         assert trainable_params(spec_of(tiny_gguf)) == expected
         load_base(ModelSpec(id=str(tiny_gguf), quantization="none"))
 
