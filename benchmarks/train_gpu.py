@@ -2,6 +2,7 @@
 
     python -m benchmarks.train_gpu                             # the shape of Llama-2-7B, on CUDA
     python -m benchmarks.train_gpu --targets all --json FILE
+    python -m benchmarks.train_gpu --ways ours --compile       # ours with and without `train.compile`
     python -m benchmarks.train_gpu --shape tiny --rows 8       # on a CPU, in seconds: to see that it runs
 
 Random weights, made and quantised on the device layer by layer; random tokens in rows as long as Alpaca's.
@@ -183,7 +184,9 @@ def make_rows(count: int, vocabulary: int, seed: int = 0) -> list[TokenRow]:
     ]
 
 
-def make_spec(given: argparse.Namespace, budget: int | str, device: torch.device) -> TrialSpec:
+def make_spec(
+    given: argparse.Namespace, budget: int | str, device: torch.device, compiles: bool = False
+) -> TrialSpec:
     """The article's QLoRA for as many steps as are measured, and one before them."""
     return TrialSpec.model_validate(
         {
@@ -197,6 +200,7 @@ def make_spec(given: argparse.Namespace, budget: int | str, device: torch.device
                 "sampling": "epochs",
                 "token_budget": budget,
                 "gradient_checkpointing": "auto",
+                "compile": compiles,
                 "log_every": 1,  # each step ends with a look at the device
                 "eval_every": 0,
             },
@@ -208,7 +212,13 @@ def make_spec(given: argparse.Namespace, budget: int | str, device: torch.device
 # --- three ways -------------------------------------------------------------------------------------
 
 
-def ours(base: Base, rows: Sequence[TokenRow], given: argparse.Namespace, budget: int | str) -> Measurement:
+def ours(
+    base: Base,
+    rows: Sequence[TokenRow],
+    given: argparse.Namespace,
+    budget: int | str,
+    compiles: bool = False,
+) -> Measurement:
     """Our loop; a budget of 1 token is one row at a time, as the article trained."""
     from sweeps.trial.adapter import attach
     from sweeps.trial.begin import begin, choose_here
@@ -216,7 +226,7 @@ def ours(base: Base, rows: Sequence[TokenRow], given: argparse.Namespace, budget
     from sweeps.trial.measure import MemoryMeter
     from sweeps.trial.outline import outline_of
 
-    spec = make_spec(given, budget, base.device)
+    spec = make_spec(given, budget, base.device, compiles)
     assert spec.train is not None
     data = TokenData(rows, (), 0, "random")
     outline = outline_of(base.model)  # while it is bare
@@ -232,7 +242,8 @@ def ours(base: Base, rows: Sequence[TokenRow], given: argparse.Namespace, budget
         loss = None
         for report in reports:
             loss = report.train_loss
-        way = "one row at a time" if budget == 1 else "ours"
+        way = "one row at a time" if budget == 1 else "ours, compiled" if compiles else "ours"
+        note += "".join(f"; {said}" for said in (*begun.notes, *begun.loss.remarks) if "compiled" in said)
         note += ", activations recomputed" if begun.recomputes else ""
         if trained.token_budget < size:
             note += f", halved to {trained.token_budget} when memory ran out"
@@ -440,6 +451,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--steps", type=int, default=1, help="updates that are measured, after one that is not")
     made.add_argument("--batches", default="1,2,4,8,16,32", help="of HF Trainer, up to what fits")
     made.add_argument("--ways", default="single,trainer,ours", help="which are measured")
+    made.add_argument("--compile", action="store_true", help="measure ours with train.compile too")
     made.add_argument("--json", type=Path, help="write every figure to this file")
     return made
 
@@ -481,8 +493,10 @@ def measure(given: argparse.Namespace, device: torch.device, say: Callable[[str]
     if "trainer" in ways:
         done += best_that_fits(lambda size: trainer(base, rows, given, size), sizes_of(given), say)
     if "ours" in ways:
-        done.append(ours(base, rows, given, "auto"))
-        say(_line(done[-1]))
+        for compiles in (False, True) if given.compile else (False,):
+            done.append(ours(base, rows, given, "auto", compiles))
+            forget()
+            say(_line(done[-1]))
     return done
 
 

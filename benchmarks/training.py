@@ -2,6 +2,7 @@
 
     python -m benchmarks.training                              # SmolLM2, nf4, bfloat16
     python -m benchmarks.training --loss-on response --dtype float32
+    python -m benchmarks.training --compile                    # and with `train.compile`
     python -m benchmarks.training --tiny                       # a tiny random model, in seconds
 
 All ways take turns in one process, with the same adapter (r=8 on all layers, dropout 0.05) and the same rows
@@ -89,7 +90,9 @@ def padded_to_the_longest(rows: list[TokenRow], batch_size: int) -> Iterator[Mic
         yield _padded(some, len(rows), "sample")
 
 
-def ways(adapter: Adapter, rows: list[TokenRow], batch_size: int, budget: int) -> list[Way]:
+def ways(
+    adapter: Adapter, rows: list[TokenRow], batch_size: int, budget: int, compiles: bool = False
+) -> list[Way]:
     """From the plain way on, each with one part more than the one before."""
     plain, chunked = PlainLoss(adapter.model, "to compare"), ChunkedLoss(adapter.model)
 
@@ -109,13 +112,20 @@ def ways(adapter: Adapter, rows: list[TokenRow], batch_size: int, budget: int) -
         with _attention_as_it_is():
             planned(chunked)
 
-    return [
+    found = [
         Way("plain: padded to the longest", lambda: as_peft(padded, plain)),
         Way("+ micro-batches planned", lambda: as_peft(planned, plain)),
         Way("+ logits where there are labels", lambda: as_peft(planned, chunked)),
         Way("+ LoRA's pass and dropout", without_float32_attention),
         Way("+ attention in float32 (16 bits, CPU)", lambda: planned(chunked)),
     ]
+    if compiles:
+        from sweeps.trial.compiled import compiled
+
+        made, said = compiled(chunked, adapter.model, adapter.parameters())
+        print(said)
+        found.append(Way("+ blocks compiled", lambda: planned(made)))
+    return found
 
 
 @contextlib.contextmanager
@@ -131,8 +141,9 @@ def measure(arguments: argparse.Namespace, model: str) -> list[Way]:
     rows = alpaca_like(arguments.rows, vocabulary, arguments.loss_on)
     with attach(base, LoraSpec(), 1) as adapter:
         base.model.train()
-        all_ways = ways(adapter, rows, arguments.batch_size, arguments.budget)
-        all_ways[-1].step()
+        all_ways = ways(adapter, rows, arguments.batch_size, arguments.budget, arguments.compile)
+        for way in all_ways[4:]:
+            way.step()
         for _ in range(arguments.turns):
             for way in all_ways:
                 way.run()
@@ -149,6 +160,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8, help="of the plain way")
     parser.add_argument("--budget", type=int, default=2048)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--compile", action="store_true", help="measure compiled blocks too")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -233,6 +233,11 @@ class TrainSpec(Part):
         description="Recompute activations in the backward pass; `auto` does where the longest row would not "
         "fit in memory otherwise.",
     )
+    compile: Flag = Field(
+        False,
+        description="Compile the blocks of the model for training (`torch.compile`); they run as they are "
+        "where that fails.",
+    )
     clip_norm: PositiveFloat | None = Field(
         None, description="Clip the gradient's norm; the article does not."
     )
@@ -305,7 +310,10 @@ class TrialSpec(Part):
     @property
     def digest(self) -> str:
         """Equal for equal trials, whatever they were written like; 16 hexadecimal digits."""
-        canonical = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        values = self.model_dump(mode="json")
+        if self.train is not None and not self.train.compile:
+            del values["train"]["compile"]  # younger than digests that people's folders and studies hold
+        canonical = json.dumps(values, sort_keys=True)
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     def untrained(self) -> TrialSpec:

@@ -23,17 +23,19 @@ from sweeps.trial.rng import TrialRng
 
 @dataclass(frozen=True)
 class Begun:
-    """What `finetune` takes; the token budget of its first step, and whether activations are recomputed."""
+    """What `finetune` takes; the token budget of its first step, and whether activations are recomputed and
+    the blocks compiled."""
 
     training: Training
     loss: Loss
     first_budget: int
     recomputes: bool
+    compiles: bool
     notes: tuple[str, ...]
 
 
 def choose_here(outline: Outline, adapter: Adapter, spec: TrialSpec, longest: int) -> Choice:
-    """What `auto` makes of the memory that is free now, with the adapter on; `outline` is of the bare base."""
+    """What `auto` makes of the memory that is free beside the adapter; `outline` is of the bare base."""
     base = adapter.base
     width = widths_of(base.dtype, adapter.dtype, on_cpu=base.device.type == "cpu")
     return choose(outline, spec, width, longest, Room.on(base.device))
@@ -55,15 +57,24 @@ def begin(
     if isinstance(at, Choice):
         trained.token_budget = budget = at.token_budget
         recomputes = at.recomputes
+        compiles = spec.train.compile
         notes += at.notes
     else:
         training.restore(at.tensors, at.values["training"])
         # These too are the checkpoint's, whatever memory is free by now: another budget, other last digits.
         budget, recomputes = at.values["first_budget"], at.values["gradient_checkpointing"]
+        compiles = at.values.get("compiled", False)  # of a trial that is older than the field
         notes.append(f"resumed at step {at.step} of {training.steps}, from the checkpoint of {at.written}")
     if recomputes:
         adapter.enable_gradient_checkpointing()
+    if compiles:
+        from sweeps.trial.compiled import compiled  # the compiler takes a second to import
+
+        plain = loss
+        loss, said = compiled(plain, adapter.model, training.parameters)
+        compiles = loss is not plain
+        notes.append(said)
     if spec.train.token_budget == "auto" and device.type == "cuda" and not trained.step:
         notes.append(probe(adapter.model, loss, training, rows, spec.train))
         budget = trained.token_budget
-    return Begun(training, loss, budget, recomputes, tuple(notes))
+    return Begun(training, loss, budget, recomputes, compiles, tuple(notes))

@@ -102,9 +102,19 @@ def kept_mask(shape: torch.Size, dropout: float, device: torch.device) -> tuple[
         kept = torch.empty(shape, dtype=torch.uint8, device=device).bernoulli_(1 - dropout)
         return kept, 1 - dropout
     dropped = min(round(dropout * _LEVELS), _LEVELS - 1)
-    count = shape.numel()
+    kept = torch.empty(shape, dtype=torch.uint8)
+    # To a compiler the draw is one operation: so it makes the very draws that are made without it.
+    (_fill_compiled if torch.compiler.is_compiling() else _fill)(kept, dropped)
+    return kept, 1 - dropped / _LEVELS
+
+
+def _fill(kept: torch.Tensor, dropped: int) -> None:
+    """With 0 at a chance of `dropped` in 65536, else with 1."""
+    count = kept.numel()
     words = torch.empty(-(-count // _DRAWS_A_WORD), dtype=torch.int64).random_(-(2**63), None)
     draws = words.view(torch.int16)[:count]  # each of 65,536 values is as likely
-    kept = torch.empty(count, dtype=torch.uint8)
-    torch.ge(draws, dropped - _LEVELS // 2, out=kept)
-    return kept.view(shape), 1 - dropped / _LEVELS
+    torch.ge(draws, dropped - _LEVELS // 2, out=kept.view(-1))
+
+
+# It writes into what it is given: of two operations that return the same of the same, a compiler makes one.
+_fill_compiled = torch.library.custom_op("sweeps::fill_kept", _fill, mutates_args=("kept",))

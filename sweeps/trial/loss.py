@@ -38,6 +38,10 @@ class Loss(Protocol):
     def note(self) -> str:
         """How it is computed, and why."""
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What is to be said of it after the training."""
+
     def backward(self, batch: MicroBatch) -> torch.Tensor:
         """Add the gradient of the batch's weighted loss to the parameters; the loss in float32, detached."""
 
@@ -47,6 +51,8 @@ class Loss(Protocol):
 
 class PlainLoss:
     """With the model's own logits of all tokens: what `ChunkedLoss` must equal."""
+
+    remarks: tuple[str, ...] = ()
 
     def __init__(self, model: Any, why: str) -> None:
         self._model = model
@@ -70,6 +76,8 @@ class PlainLoss:
 
 class ChunkedLoss:
     """With logits where there are labels alone, a chunk at a time."""
+
+    remarks: tuple[str, ...] = ()
 
     def __init__(self, model: Any) -> None:
         self._model = model

@@ -106,6 +106,7 @@ class _Account:
         return {
             "first_budget": begun.first_budget,
             "gradient_checkpointing": begun.recomputes,
+            "compiled": begun.compiles,
             "data_digest": self.data_digest,
             "measured": self.measured().model_dump(mode="json"),
             "notes": list(self.notes),
@@ -258,6 +259,7 @@ def _train(
             )
     if trained.token_budget < begun.first_budget:
         notes.append(f"token budget {trained.token_budget}: halved when memory ran out")
+    notes += begun.loss.remarks
 
 
 def _evaluate(

@@ -267,7 +267,7 @@ def test_a_resumed_trial_has_the_token_budget_that_it_began_with(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     attempt(spec, resident, tmp_path, stopped_after(2))
-    monkeypatch.setattr(trial, "choose", lambda *_: Choice(1, False, ("token budget 1: all is taken",)))
+    monkeypatch.setattr(trial, "choose_here", lambda *_: Choice(1, False, ("token budget 1: all is taken",)))
     result, _ = attempt(spec, resident, tmp_path)
     assert_equal(tmp_path, uncut(spec))
     assert [note for note in result.notes if "token budget" in note] == [
