@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from sweeps.spec import ModelSpec
-from sweeps.trial.cache import cache_home, only_one
+from sweeps.trial.cache import Kept, cache_home, limit_bytes, make_room, only_one
 from sweeps.trial.paths import remove, whole_folder
 from sweeps.trial.source import FolderModel, HubModel, Source
 
@@ -29,6 +29,8 @@ LEAST_BYTES = 50_000_000
 
 DEFAULT_LIMIT_GB = 50.0
 """Decimal gigabytes of all kept bases together, unless `SWEEPSVC_BASES_GB` says otherwise; 0 keeps none."""
+
+_LIMIT = "SWEEPSVC_BASES_GB"
 
 SPARE_BYTES = 2_000_000_000
 """What must stay free on the disk: trials write there too."""
@@ -120,17 +122,20 @@ class KeptBase:
         The bases that were used longest ago make room. Whatever goes wrong costs the next process time, and
         nothing else.
         """
-        limit_bytes = limit_gb() * 1e9
-        if size_bytes < LEAST_BYTES or limit_bytes == 0:
+        limit, said = limit_bytes(_LIMIT, DEFAULT_LIMIT_GB)
+        return (*said, *self._keep(save, size_bytes, limit))
+
+    def _keep(self, save: Callable[[Path], None], size_bytes: int, limit: float) -> tuple[str, ...]:
+        if size_bytes < LEAST_BYTES or limit == 0:
             return ()
-        if size_bytes > limit_bytes:
-            return (
-                f"base: not kept, {size_bytes / 1e9:.1f} GB is more than SWEEPSVC_BASES_GB={limit_gb():g}",
-            )
+        if size_bytes > limit:
+            return (f"base: not kept, {size_bytes / 1e9:.1f} GB is more than {_LIMIT}={limit / 1e9:g}",)
         try:
             for draft in self.folder.parent.glob(f".{self.folder.name}.*"):  # of a process that was killed
                 remove(draft)
-            _make_room(self.folder.parent, limit_bytes - size_bytes)
+            left = make_room(_kept(self.folder.parent), limit - size_bytes, remove)
+            if left > limit - size_bytes:
+                return (f"base: not kept, {left / 1e9:.1f} GB of others cannot be removed",)
             free = shutil.disk_usage(self.folder.parent).free
             if free < size_bytes + SPARE_BYTES:
                 return (
@@ -143,13 +148,6 @@ class KeptBase:
         except OSError as error:
             return (f"base: not kept, {self.folder.parent} cannot be written ({error.strerror or error})",)
         return (f"base: kept in 4 bits in {self.folder.parent}, for the next process that needs it",)
-
-
-def limit_gb() -> float:
-    """Of all kept bases together. A value that is no number is as good as none."""
-    with contextlib.suppress(ValueError):
-        return max(0.0, float(os.environ.get("SWEEPSVC_BASES_GB") or DEFAULT_LIMIT_GB))
-    return DEFAULT_LIMIT_GB
 
 
 def _write_manifest(folder: Path, about: Mapping[str, Any]) -> None:
@@ -166,21 +164,9 @@ def _checksum(file: Path) -> int:
     return checksum
 
 
-def _make_room(bases: Path, most_bytes: float) -> None:
-    """Remove the bases that were used longest ago until the others have `most_bytes` at most."""
-    kept = sorted(_kept(bases))
-    used = sum(size for _, size, _ in kept)
-    for _, size, folder in kept:
-        if used <= most_bytes:
-            return
-        remove(folder)
-        used -= size
-
-
-def _kept(bases: Path) -> Iterator[tuple[float, int, Path]]:
-    """Of each kept base, when it was last used, its bytes, and its folder."""
+def _kept(bases: Path) -> Iterator[Kept]:
     for folder in bases.iterdir():
         with contextlib.suppress(OSError):
             if folder.is_dir() and not folder.name.startswith("."):
                 sizes: Sequence[int] = [file.stat().st_size for file in folder.iterdir()]
-                yield (folder / _MANIFEST).stat().st_mtime, sum(sizes), folder
+                yield Kept((folder / _MANIFEST).stat().st_mtime_ns, sum(sizes), folder)

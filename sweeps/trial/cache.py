@@ -7,7 +7,8 @@ import fcntl
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 LIMIT_GB = 4.0
@@ -31,17 +32,45 @@ def only_one(path: Path) -> Iterator[None]:
         yield
 
 
-def limit_bytes() -> tuple[float, tuple[str, ...]]:
-    """The most bytes that the files of one kind may take, and a note where the environment cannot be read."""
-    written = os.environ.get("SWEEPSVC_CACHE_GB")
+def limit_bytes(
+    variable: str = "SWEEPSVC_CACHE_GB", default_gb: float = LIMIT_GB
+) -> tuple[float, tuple[str, ...]]:
+    """The most bytes that what is kept of one kind may take, as `variable` of the environment has it in
+    decimal GB; and a note where that cannot be read."""
+    written = os.environ.get(variable)
     try:
-        limit = float(written) if written else LIMIT_GB
+        limit = float(written) if written else default_gb
     except ValueError:
         limit = math.nan
     if limit >= 0:
         return limit * 1e9, ()
-    said = f"SWEEPSVC_CACHE_GB must be a number of GB from 0 on, got {written!r}: {LIMIT_GB:g} is used"
-    return LIMIT_GB * 1e9, (said,)
+    said = f"{variable} must be a number of GB from 0 on, got {written!r}: {default_gb:g} is used"
+    return default_gb * 1e9, (said,)
+
+
+@dataclass(frozen=True, order=True)
+class Kept:
+    """A file or a folder of the cache, and when it was last used, in nanoseconds."""
+
+    used_at: int
+    size_bytes: int
+    path: Path
+
+
+def make_room(kept: Iterable[Kept], most_bytes: float, forget: Callable[[Path], None]) -> float:
+    """Have `forget` remove what was used longest ago, until the rest takes `most_bytes` at most.
+
+    What it raises `OSError` for stays: somebody else's, in a folder that is shared. Returns the rest's bytes.
+    """
+    kept = sorted(kept)
+    left = float(sum(one.size_bytes for one in kept))
+    for one in kept:
+        if left <= most_bytes:
+            break
+        with contextlib.suppress(OSError):
+            forget(one.path)
+            left -= one.size_bytes
+    return left
 
 
 def used(file: Path) -> None:
@@ -64,13 +93,14 @@ def prune(newest: Path, limit: float) -> None:
                 if status.st_mtime < time.time() - _OLD_SECONDS:  # of a process that was killed
                     file.unlink()
             elif file.suffix == newest.suffix:
-                remembered.append((file == newest, status.st_mtime_ns, status.st_size, file))
-    total = sum(size for _, _, size, _ in remembered)
-    for is_newest, _, size, file in sorted(remembered):
-        if total <= limit or is_newest:
-            return
-        with contextlib.suppress(OSError):  # somebody else's, in a folder that is shared
-            file.unlink(missing_ok=True)
-            total -= size
-            # Whoever waits for this lock may come to compute the same as another: which costs time alone.
-            file.with_suffix(".lock").unlink(missing_ok=True)
+                remembered.append(Kept(status.st_mtime_ns, status.st_size, file))
+    others = [kept for kept in remembered if kept.path != newest]
+    of_newest = sum(kept.size_bytes for kept in remembered) - sum(kept.size_bytes for kept in others)
+    make_room(others, limit - of_newest, _forget)
+
+
+def _forget(file: Path) -> None:
+    file.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        # Whoever waits for this lock may come to compute the same as another: which costs time alone.
+        file.with_suffix(".lock").unlink(missing_ok=True)

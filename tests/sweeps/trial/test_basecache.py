@@ -183,6 +183,31 @@ def test_what_is_larger_than_the_limit_is_not_kept_and_zero_keeps_nothing(
     assert folders(cache) == []
 
 
+@pytest.mark.parametrize("written", ["much", "-1", "nan"])
+def test_a_limit_that_cannot_be_read_is_said_and_the_default_holds(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    cache.mkdir(parents=True)
+    monkeypatch.setenv("SWEEPSVC_BASES_GB", written)
+    said, kept_it = kept(cache, "one")
+    assert said == f"SWEEPSVC_BASES_GB must be a number of GB from 0 on, got {written!r}: 50 is used"
+    assert "kept in 4 bits" in kept_it
+
+
+def test_what_makes_no_room_is_said(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.mkdir(parents=True)
+    kept(cache, "others")
+    monkeypatch.setenv("SWEEPSVC_BASES_GB", "0.0000006")
+
+    def refuses(*_: Any) -> None:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(basecache, "remove", refuses)
+    [note] = kept(cache, "one")
+    assert "GB of others cannot be removed" in note
+    assert [path.name for path in folders(cache)] == ["others"]
+
+
 def test_the_draft_of_a_killed_process_goes_when_the_base_is_made(cache: Path) -> None:
     draft = cache / ".one.0123abc"
     draft.mkdir(parents=True)
