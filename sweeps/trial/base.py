@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import logging
 import platform
 import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
 from sweeps.errors import BadModel
-from sweeps.spec import ModelSpec, OptimizerSpec
+from sweeps.spec import ModelSpec
 from sweeps.trial import gguf
 from sweeps.trial.basecache import KeptBase, kept_base
 from sweeps.trial.kernels import use_liger
@@ -92,7 +93,7 @@ def load_base(spec: ModelSpec, device: torch.device | None = None) -> Base:
     Nothing is unpickled: weights are safetensors, or a GGUF file that becomes such. Raises `BadModel`.
     """
     started = time.perf_counter()
-    _import_bitsandbytes()
+    import_bitsandbytes()
     device = device or _best_device()
     dtype = _dtype(spec, device)
     source = locate(spec)
@@ -101,8 +102,9 @@ def load_base(spec: ModelSpec, device: torch.device | None = None) -> Base:
             source = FolderModel(_converted(source, spec))
         config = read_config(source, spec)
         attention, why = _attention(spec, config, device, dtype)
+        wanted = _Wanted(source, config, spec, device, dtype, attention)
         with _of_the_class_linear(config, spec):
-            model, kept = _load_once_quantised(source, config, spec, device, dtype, attention)
+            model, kept = _load_once_quantised(wanted)
         tokenizer = _load_tokenizer(source, model, spec)
     _freeze(model)
     layers = linear_layers(model)
@@ -118,97 +120,7 @@ def load_base(spec: ModelSpec, device: torch.device | None = None) -> Base:
     return Base(model, tokenizer, spec, device, dtype, layers, notes, time.perf_counter() - started)
 
 
-def make_optimizer(parameters: Sequence[torch.nn.Parameter], spec: OptimizerSpec) -> torch.optim.Optimizer:
-    """The optimiser of `spec` over `parameters`. Raises `BadModel` for a paged one without CUDA."""
-    is_cuda = parameters[0].device.type == "cuda"
-    betas = (spec.beta1, spec.beta2)
-    match spec.name:
-        case "sgd":
-            return torch.optim.SGD(
-                parameters, lr=spec.lr, momentum=spec.momentum, weight_decay=spec.weight_decay
-            )
-        case "adamw":
-            # Fused: the other kernels hold another copy of the weights for a moment, which at r=256 is 1 GB.
-            return torch.optim.AdamW(
-                parameters, lr=spec.lr, betas=betas, weight_decay=spec.weight_decay, fused=is_cuda
-            )
-        case "paged_adamw":
-            if not is_cuda:  # bitsandbytes would quietly take a plain one
-                raise BadModel(
-                    "optimizer.name=paged_adamw needs CUDA for its pageable memory, got parameters on "
-                    f"{parameters[0].device}; say adamw"
-                )
-            return _import_bitsandbytes().optim.PagedAdamW32bit(
-                parameters, lr=spec.lr, betas=betas, weight_decay=spec.weight_decay
-            )
-        case "adamw_8bit":
-            return _import_bitsandbytes().optim.AdamW8bit(
-                parameters, lr=spec.lr, betas=betas, weight_decay=spec.weight_decay
-            )
-
-
-_TABLES = ("qmap1", "qmap2")  # bitsandbytes: what each of 256 codes stands for
-OptimizerState = tuple[dict[str, torch.Tensor], dict[str, dict[str, Any]]]
-
-
-def optimizer_state(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter]
-) -> OptimizerState:
-    """What `optimizer` remembers: tensors by `<parameter>.<key>`, and other values by parameter and key.
-
-    The tensors are its own, not copies. Its settings are not in it: they are the spec's. Nor are the tables
-    of an 8-bit state, which all parameters share and a new optimiser has.
-    """
-    tensors: dict[str, torch.Tensor] = {}
-    values: dict[str, dict[str, Any]] = {}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            if key in _TABLES:
-                continue
-            if isinstance(value, torch.Tensor):
-                tensors[f"{name}.{key}"] = value
-            else:
-                values.setdefault(name, {})[key] = value
-    return tensors, values
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter], state: OptimizerState
-) -> None:
-    """Put back what `optimizer_state` gave, bit for bit, into a new optimiser of the same spec.
-
-    `parameters` are those that it was made over, in their order.
-    """
-    tensors, values = state
-    by_name: dict[str, dict[str, Any]] = {name: dict(values.get(name, {})) for name in parameters}
-    for path, tensor in tensors.items():
-        name, _, key = path.rpartition(".")
-        by_name[name][key] = tensor
-    if hasattr(optimizer, "init_state"):  # bitsandbytes
-        _restore_in_place(optimizer, by_name.values())
-        return
-    # Its own reading puts each tensor where its kernel wants it; the dtypes are the parameters' already.
-    states = {number: known for number, known in enumerate(by_name.values()) if known}
-    optimizer.load_state_dict({"state": states, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def _restore_in_place(optimizer: Any, states: Iterable[Mapping[str, Any]]) -> None:
-    """Into memory that bitsandbytes took: its `load_state_dict` would leave pageable memory for good."""
-    (group,) = optimizer.param_groups
-    for number, (parameter, known) in enumerate(zip(group["params"], states, strict=True)):
-        if not known:
-            continue
-        optimizer.init_state(group, parameter, 0, number)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # zeros that the device still writes must not overtake the copy
-        for key, value in known.items():
-            if isinstance(value, torch.Tensor):
-                optimizer.state[parameter][key].copy_(value)
-            else:
-                optimizer.state[parameter][key] = value
-
-
-def _import_bitsandbytes() -> Any:
+def import_bitsandbytes() -> Any:
     """bitsandbytes, imported without reaching for the hub.
 
     On a CPU with AVX512-BF16 its import fetches native code from the hub, where the package `kernels` is
@@ -217,6 +129,7 @@ def _import_bitsandbytes() -> Any:
     complaints = logging.getLogger("bitsandbytes.backends.cpu.ops")
     level, kernels = complaints.level, sys.modules.get("kernels")
     complaints.setLevel(logging.ERROR)
+    # None makes an import fail, which typeshed leaves out of the type of what is imported.
     sys.modules["kernels"] = None  # type: ignore[assignment]
     try:
         import bitsandbytes
@@ -323,18 +236,23 @@ def _converted(source: GgufModel, spec: ModelSpec) -> Any:
         return gguf.converted(source.path)
     except BadModel:
         raise
-    except Exception as error:
+    except Exception as error:  # the readers of GGUF raise a dozen kinds, all of which mean: no model
         raise unloadable(spec, error) from error
 
 
-def _load_once_quantised(
-    source: Source,
-    config: Any,
-    spec: ModelSpec,
-    device: torch.device,
-    dtype: torch.dtype,
-    attention: str | None,
-) -> tuple[Any, tuple[str, ...]]:
+@dataclass(frozen=True)
+class _Wanted:
+    """What is to be loaded, and how; `attention` None is the model's own choice."""
+
+    source: Source
+    config: Any
+    spec: ModelSpec
+    device: torch.device
+    dtype: torch.dtype
+    attention: str | None
+
+
+def _load_once_quantised(wanted: _Wanted) -> tuple[Any, tuple[str, ...]]:
     """The model, quantised now or by a process before this one, bit for bit the same; and notes of that.
 
     Of several processes that need one that nobody has kept, one quantises and the others wait: eight at once
@@ -342,13 +260,12 @@ def _load_once_quantised(
     """
 
     def quantise() -> Any:
-        packing = _quantization_config(config, spec, dtype)
-        return _load_model(source, config, spec, device, dtype, attention, packing)
+        return _load_model(wanted, _quantization_config(wanted))
 
-    kept = kept_base(spec, source, config, device.type, _name(dtype))
+    kept = kept_base(wanted.spec, wanted.source, wanted.config, wanted.device.type, _name(wanted.dtype))
     if kept is None:
         return quantise(), ()
-    model, trouble = _load_kept(kept, config, spec, device, dtype, attention)
+    model, trouble = _load_kept(kept, wanted)
     if model is not None:
         return model, trouble
     with contextlib.ExitStack() as lock:
@@ -357,7 +274,7 @@ def _load_once_quantised(
         except OSError as error:
             where = f"{kept.folder.parent} cannot be written ({error.strerror or error})"
             return quantise(), (*trouble, f"base: not kept, {where}")
-        model, said = _load_kept(kept, config, spec, device, dtype, attention)  # made while we waited
+        model, said = _load_kept(kept, wanted)  # made while we waited
         if model is not None:
             return model, (*trouble, *said)
         model = quantise()
@@ -371,58 +288,45 @@ def _save_packed(model: Any, folder: Path) -> None:
         shutil.copymode(folder / "config.json", file)
 
 
-def _load_kept(
-    kept: KeptBase,
-    config: Any,
-    spec: ModelSpec,
-    device: torch.device,
-    dtype: torch.dtype,
-    attention: str | None,
-) -> tuple[Any, tuple[str, ...]]:
+def _load_kept(kept: KeptBase, wanted: _Wanted) -> tuple[Any, tuple[str, ...]]:
     """The model that is kept, or None; a damaged one is removed, and a note says so."""
     started = time.perf_counter()
     if not kept.is_there():
         return None, ()
     try:
         kept.check()
-        packed = copy.deepcopy(config)
+        packed = copy.deepcopy(wanted.config)
         packed.quantization_config = kept.quantization_config()
-        model = _load_model(FolderModel(kept.folder), packed, spec, device, dtype, attention, None)
+        there = dataclasses.replace(wanted, source=FolderModel(kept.folder), config=packed)
+        model = _load_model(there, None)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever is wrong with it, the model's own files are right
         kept.remove()
         found = " ".join(str(error).split())[:200]
         return None, (f"base: {kept.folder} was damaged, and is made anew ({found})",)
-    model.name_or_path = model.config.name_or_path = config.name_or_path
+    model.name_or_path = model.config.name_or_path = wanted.config.name_or_path
     seconds = time.perf_counter() - started
     return model, (f"base: loaded from the cache in 4 bits in {seconds:.1f} s, not quantised again",)
 
 
-def _load_model(
-    source: Source,
-    config: Any,
-    spec: ModelSpec,
-    device: torch.device,
-    dtype: torch.dtype,
-    attention: str | None,
-    quantization: BitsAndBytesConfig | None,
-) -> Any:
+def _load_model(wanted: _Wanted, quantization: BitsAndBytesConfig | None) -> Any:
+    spec = wanted.spec
     try:
         model, loading = AutoModelForCausalLM.from_pretrained(
-            **source.place,
-            config=config,
-            dtype=dtype,
+            **wanted.source.place,
+            config=wanted.config,
+            dtype=wanted.dtype,
             quantization_config=quantization,
-            device_map={"": "cpu" if device.type == "cpu" else device},
-            attn_implementation=attention,
+            device_map={"": "cpu" if wanted.device.type == "cpu" else wanted.device},
+            attn_implementation=wanted.attention,
             trust_remote_code=spec.trust_remote_code,
             use_safetensors=True,
             output_loading_info=True,
         )
     except torch.OutOfMemoryError:
         raise
-    except Exception as error:
+    except Exception as error:  # transformers raises a dozen kinds, all of which mean: no model
         raise unloadable(spec, error) from error
     missing = sorted(loading["missing_keys"]) + sorted(str(key) for key in loading["mismatched_keys"])
     if missing:  # transformers fills them with random numbers, and only warns
@@ -435,15 +339,16 @@ def _load_model(
     return model
 
 
-def _quantization_config(config: Any, spec: ModelSpec, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+def _quantization_config(wanted: _Wanted) -> BitsAndBytesConfig | None:
+    spec = wanted.spec
     if spec.quantization == "none":
         return None
     return BitsAndBytesConfig(
-        llm_int8_skip_modules=_left_out(config, spec),
+        llm_int8_skip_modules=_left_out(wanted.config, spec),
         load_in_4bit=True,
         bnb_4bit_quant_type=spec.quantization,
         bnb_4bit_use_double_quant=spec.double_quantization,
-        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_compute_dtype=wanted.dtype,
     )
 
 
@@ -512,7 +417,7 @@ def _freeze(model: Any) -> None:
 
 
 def _four_bit_layers(model: Any) -> Iterator[tuple[str, Any]]:
-    kind = _import_bitsandbytes().nn.Linear4bit
+    kind = import_bitsandbytes().nn.Linear4bit
     return ((name, module) for name, module in model.named_modules() if isinstance(module, kind))
 
 

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 
 from sweeps.spec import TrialSpec
 from sweeps.trial.adapter import Adapter
-from sweeps.trial.base import make_optimizer
 from sweeps.trial.budget import Choice, Room, choose
 from sweeps.trial.checkpoint import Checkpoint
 from sweeps.trial.data import TokenRow
 from sweeps.trial.finetune import Trained, Training, probe
 from sweeps.trial.loss import Loss, loss_of
 from sweeps.trial.memory import widths_of
+from sweeps.trial.optimizers import make_optimizer
 from sweeps.trial.outline import Outline
 from sweeps.trial.rng import TrialRng
 

@@ -13,11 +13,11 @@ from sweeps.errors import Diverged, OutOfMemory
 from sweeps.result import Progress
 from sweeps.spec import OptimizerSpec, TrainSpec, TrialSpec
 from sweeps.trial import batches
-from sweeps.trial.base import optimizer_state, restore_optimizer
 from sweeps.trial.batches import Weighting
 from sweeps.trial.data import TokenData, TokenRow
 from sweeps.trial.loss import Loss
 from sweeps.trial.measure import Stopwatch
+from sweeps.trial.optimizers import optimizer_state, restore_optimizer
 from sweeps.trial.rng import TrialRng
 
 OptimizerFactory = Callable[[Sequence[torch.nn.Parameter], OptimizerSpec], torch.optim.Optimizer]

@@ -17,11 +17,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sweeps.spec import LoraSpec, ModelSpec, OptimizerSpec, TrainSpec, TrialSpec
 from sweeps.trial.adapter import attach
-from sweeps.trial.base import Base, load_base, make_optimizer, optimizer_state
+from sweeps.trial.base import Base, load_base
 from sweeps.trial.batches import micro_batches
 from sweeps.trial.data import TokenRow
 from sweeps.trial.loss import loss_of
 from sweeps.trial.memory import base_bytes, scoring_memory, training_memory, widths
+from sweeps.trial.optimizers import make_optimizer, optimizer_state
 from sweeps.trial.outline import outline_of
 from sweeps.trial.prefixtree import Request, make_plan
 from sweeps.trial.scoring import pair_cost, score
