@@ -32,8 +32,10 @@ _FORWARD_SHARE = 1 / 3  # of a block's seconds: a backward pass launches about t
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast it goes: operations, a block's kernels, the bytes that dequantising moves."""
+    """How fast it goes on a `kind` of device, as torch names it: operations, a block's kernels, the bytes
+    that dequantising moves."""
 
+    kind: str
     operations_per_second: float
     block_seconds: float
     moved_bytes_per_second: float
@@ -42,6 +44,7 @@ class Pace:
     def of(cls, device: Device) -> Pace:
         """That of a device of the table."""
         return cls(
+            kind="cuda",
             operations_per_second=device.bf16_tflops * 1e12 * UTILISATION,
             block_seconds=BLOCK_SECONDS,
             moved_bytes_per_second=device.bandwidth_gb_per_s * 1e9 * DEQUANTISING_SHARE,
@@ -49,8 +52,8 @@ class Pace:
 
     @classmethod
     def measured(cls, operations_per_second: float) -> Pace:
-        """One in which all that a step takes is spread over its operations."""
-        return cls(operations_per_second, block_seconds=0.0, moved_bytes_per_second=math.inf)
+        """That of a CPU, in which all that a step takes is spread over its operations."""
+        return cls("cpu", operations_per_second, block_seconds=0.0, moved_bytes_per_second=math.inf)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def training_seconds(
 ) -> float:
     """Of all steps under a token budget, with the held-out losses in between."""
     assert spec.train is not None
-    work = Work(*step_shape(rows, spec.train.batch_size, budget))
+    work = Work(*step_shape(rows, spec.train.batch_size, budget, pace.kind))
     one_step = backward_seconds(outline, spec, trainable, pace, work)
     return spec.steps * one_step + _held_out_seconds(outline, spec, trainable, pace, budget, rows)
 
@@ -100,7 +103,7 @@ def _held_out_seconds(
     if not count:
         return 0.0
     evaluations = -(-spec.steps // spec.train.eval_every) if spec.train.eval_every else 1
-    work = Work(*step_shape(rows, count, budget))
+    work = Work(*step_shape(rows, count, budget, pace.kind))
     return evaluations * forward_seconds(outline, spec, trainable, pace, work)
 
 

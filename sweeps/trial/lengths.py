@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sweeps.spec import DataSpec, EvaluateSpec
-from sweeps.trial.batches import rectangles
+from sweeps.trial.batches import CALL_TOKENS, rectangles
 from sweeps.trial.data import read_rows
 
 # Alpaca with a Llama tokenizer: its known median, shortest and longest row. That one row in 50,000 is the
@@ -90,13 +90,16 @@ def _of_file(data: DataSpec, path: str) -> RowLengths:
 
 
 @functools.lru_cache(maxsize=256)
-def step_shape(lengths: RowLengths, batch_size: int, budget: int) -> tuple[float, float]:
-    """Micro-batches of one step in the mean, and the tokens in them, padding included."""
+def step_shape(
+    lengths: RowLengths, batch_size: int, budget: int, device: str = "cuda"
+) -> tuple[float, float]:
+    """Micro-batches of one step in the mean, and the tokens in them, padding included, as they are cut on a
+    kind of `device`."""
     draw = random.Random(0)
     micro_batches = tokens = 0
     for _ in range(_STEPS_LOOKED_AT):
         rows = draw.choices(lengths.tokens, k=batch_size)
-        groups = rectangles(rows, budget)
+        groups = rectangles(rows, budget, CALL_TOKENS[device])
         micro_batches += len(groups)
         tokens += sum(len(group) * rows[group[0]] for group in groups)  # the longest stands first
     return micro_batches / _STEPS_LOOKED_AT, tokens / _STEPS_LOOKED_AT

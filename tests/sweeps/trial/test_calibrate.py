@@ -12,18 +12,21 @@ import torch
 
 from sweeps.devices import device_named
 from sweeps.errors import BadModel, CannotStart, OutOfMemory
-from sweeps.spec import ModelSpec, TrialSpec
+from sweeps.spec import EvaluateSpec, ModelSpec, TrialSpec
 from sweeps.trial import calibrate as measuring
 from sweeps.trial.base import Resident, load_base
 from sweeps.trial.batches import MicroBatch
 from sweeps.trial.calibrate import calibrate
 from sweeps.trial.duration import Pace, Work, backward_seconds, forward_seconds
 from sweeps.trial.estimate import outline, trainable_params
+from sweeps.trial.lengths import scoring
 from sweeps.trial.loss import ChunkedLoss
 from sweeps.trial.memory import training_memory, widths
 from sweeps.trial.paths import TrialFolder
 from sweeps.trial.predict import predict
+from sweeps.trial.prefixtree import make_plan
 from sweeps.trial.run import run_trial
+from sweeps.trial.scoring import CannotShare, pair_cost
 from tests.tiny import changed, tiny_spec
 
 L4 = device_named("l4")
@@ -63,7 +66,8 @@ def test_the_work_that_is_compared_is_the_work_that_was_done(
 ) -> None:
     seen = Seen(monkeypatch)
     small = changed(spec, train__token_budget=200)
-    steps, scored = measuring._measure(small, load_base(small.model, torch.device("cpu")))
+    base = load_base(small.model, torch.device("cpu"))
+    steps, scored = measuring._measure(small, base)
     assert steps.spec.train is not None
     assert steps.spec.train.batch_size == 4
     sizes = [rows * length for rows, length in seen.shapes]
@@ -76,8 +80,34 @@ def test_the_work_that_is_compared_is_the_work_that_was_done(
     assert steps.work.tokens == sum(per_step[1:])
     assert steps.work.micro_batches < len(sizes)
     assert steps.seconds > 0
-    assert scored.work == Work(3, 3 * 16 * 128)
+    plan = make_plan(measuring._requests(spec.evaluate, 2048, 300), 2048, pair_cost(base.model))
+    assert plan.tokens >= 2 * 2048 - 2 * 16  # of each request the last token is not computed
+    assert scored.work == Work(3 * len(plan.batches), 3 * plan.tokens)
     assert steps.peak_bytes is None
+
+
+def test_requests_that_are_scored_have_as_much_in_common_as_those_of_the_benchmarks() -> None:
+    asked, _ = scoring(EvaluateSpec())
+    requests = measuring._requests(EvaluateSpec(), 2048, 32_000)
+    plan = make_plan(requests, 2048, 1e-4)
+    found, expected = plan.plain_tokens / plan.tokens, asked.tokens / asked.computed
+    assert found == pytest.approx(expected, rel=0.15)
+    assert {len(request.tokens) for request in requests} == {round(asked.tokens / asked.requests)}
+
+
+def test_a_model_that_cannot_score_branches_is_measured_row_by_row(
+    spec: TrialSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = load_base(spec.model, torch.device("cpu"))
+    monkeypatch.setattr(measuring, "obstacle", lambda _: "it is odd")
+    assert measuring._score(base.model, base, spec).work == Work(3, 3 * 16 * 128)
+
+    def refuses(*_: Any) -> Any:
+        raise CannotShare("it is odd")
+
+    monkeypatch.undo()
+    monkeypatch.setattr(measuring, "score", refuses)
+    assert measuring._score(base.model, base, spec).work == Work(3, 3 * 16 * 128)
 
 
 def test_where_memory_runs_out_the_smaller_budget_is_measured_alone(

@@ -57,6 +57,13 @@ def test_a_small_budget_makes_a_micro_batch_of_each_row_and_no_padding() -> None
     assert step_shape(rows, 8, 8 * 30)[1] > tokens  # all as long as the longest
 
 
+def test_on_a_cpu_rows_are_cut_as_a_trial_there_cuts_them() -> None:
+    """A call costs less there, so that more of them pad less."""
+    on_cuda, on_cpu = (step_shape(row_lengths(DataSpec()), 64, 4096, device) for device in ("cuda", "cpu"))
+    assert on_cpu[0] > on_cuda[0]
+    assert on_cpu[1] < on_cuda[1]
+
+
 def test_the_articles_benchmarks_are_about_two_million_tokens() -> None:
     asked, unknown = scoring(EvaluateSpec())
     assert unknown == ()
