@@ -222,7 +222,9 @@ class Outbox:
         while (turn := self._next()) is not None:
             try:
                 self._deliver(turn)
-            except Exception as error:
+            except (
+                Exception
+            ) as error:  # mlflow's, a client's, a server's: it is tried again, the trial goes on
                 self._failed(turn, error)
             else:
                 self._succeeded(turn)

@@ -224,7 +224,7 @@ class SerialScheduler:
         try:
             for progress in self._runner(proposal.spec, folder):
                 conductor.reported(proposal, progress)
-        except Exception as error:
+        except Exception as error:  # a runner writes its failures itself, unless it is broken
             failure = Failure(kind=failure_class(error), message=str(error))
             otherwise = TrialResult(outcome="failed", failure=failure)
         finally:  # also where the person stops it

@@ -42,7 +42,7 @@ def attach(base: Base, lora: LoraSpec, seed: int) -> Adapter:
     try:
         adapter._inject(seed)
         adapter._check()
-    except BaseException:
+    except BaseException:  # also where the person stops it: nothing may stay on the base
         adapter.detach()
         raise
     return adapter

@@ -66,7 +66,7 @@ def _outline(architecture: ModelSpec) -> Outline:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=architecture.trust_remote_code)
-    except Exception as error:
+    except Exception as error:  # transformers raises a dozen kinds, all of which mean: no such model
         raise unloadable(architecture, error) from error
     return outline_of(model)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import lm_eval
 import torch
-import tqdm  # type: ignore[import-untyped]
+import tqdm  # type: ignore[import-untyped]  # has no stubs here; of lm-eval's own
 from lm_eval.api import metrics as lm_eval_metrics
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.models.huggingface import HFLM

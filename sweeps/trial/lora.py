@@ -39,6 +39,7 @@ class _Lean:
         names = self.active_adapters
         is_plain = len(names) == 1 and names[0] in self.lora_A and names[0] not in self.lora_variant
         if args or kwargs or self.disable_adapters or self.merged or not is_plain:
+            # A mixin: its next class, which mypy cannot see, is peft's.
             result: torch.Tensor = super().forward(x, *args, **kwargs)  # type: ignore[misc]
             return result
         (name,) = names

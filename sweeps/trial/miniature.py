@@ -73,7 +73,7 @@ def save_miniature(model: ModelSpec, folder: Path, texts: Iterable[str]) -> Mini
             tokenizer.save_pretrained(draft)
     except OSError:
         raise
-    except Exception as error:
+    except Exception as error:  # a config that its kind cannot be made from raises whatever its code does
         found = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise BadModel(
             f"a rehearsal makes a small model of the kind of {model.id} ({config.model_type}), and this kind "
@@ -139,7 +139,7 @@ def _own_tokenizer(model: ModelSpec) -> Any:
         found = AutoTokenizer.from_pretrained(
             **place, trust_remote_code=model.trust_remote_code, local_files_only=True
         )
-    except Exception as error:
+    except Exception as error:  # transformers raises a dozen kinds, all of which mean: no tokenizer here
         if isinstance(source, FolderModel):
             raise unloadable(model, error) from error
         return None

@@ -169,7 +169,7 @@ def _attempt(
         outcome = "completed"
     except Interrupted:
         pass
-    except Exception as error:
+    except Exception as error:  # an exception is a result, and a bug of ours is one too
         outcome = "failed"
         ours = _as_ours(error, files)
         failure = Failure(kind=failure_class(ours), message=_message(ours), traceback=traceback.format_exc())
