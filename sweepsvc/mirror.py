@@ -8,8 +8,8 @@ Below `URL/<sweep-id>/trials/<key>/` every object is written once and never agai
 <attempt>.index-<count>.json   which objects are the folder, each with its bytes and SHA-256
 
 The index is written last, in one request: a push that is cut leaves the index before it, whose objects are
-removed only by the push after the next. So there is always a whole folder to take up, and a worker that was
-cut off and lives on can neither change nor remove what the next attempt reads.
+removed by the push after the next, or at the attempt's end. So there is always a whole folder to take up, and
+a worker that was cut off and lives on can neither change nor remove what the next attempt reads.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from sweeps.errors import CannotStart, SweepsError, TrialError
+from sweeps.errors import CannotStart, DiskFull, SweepsError, TrialError
 from sweeps.result import TrialResult
 from sweeps.spec import TrialSpec
 from sweeps.trial.causes import disk_full
@@ -47,8 +47,8 @@ _TRIES = 4
 _PAUSE_SECONDS = (1.0, 4.0, 16.0)  # before the second, third and fourth try
 _ANSWER_SECONDS = 30.0  # for a request without its bytes
 _SLOWEST_BYTES_PER_SECOND = 1e6  # a store that is slower counts as one that hangs
-_PAUSE_AFTER_FAILURE_SECONDS = 60.0  # or _PAUSE_PER_LOST times what the failure took: a tenth is lost at most
-_PAUSE_PER_LOST = 10.0
+_PAUSE_AFTER_FAILURE_SECONDS = 60.0  # at least
+_PAUSE_PER_SECOND = 10.0  # that a push took while the trial waited
 _SETTLING_TRIES = 5  # to find a folder that does not change while it is pushed
 _READERS = 8  # requests at once where many trials are looked at
 
@@ -424,9 +424,9 @@ _NOTHING = _Index("", {})
 class Mirror:
     """One trial's folder on this node, and what is stored of it.
 
-    A worker claims, pulls, runs the trial, keeps up while it runs, and pushes at its end. Whoever only looks
-    pulls. Not for two threads, nor for two processes in one folder. Raises `StorageFailed`, or `DiskFull`.
-    `notes` is what a person should know of what was pulled.
+    A worker claims, pulls, runs the trial, keeps up while it runs, and finishes. Whoever only looks pulls.
+    Not for two threads, nor for two processes in one folder. `notes` is what a person should know of what was
+    pulled. Raises `StorageFailed` or `DiskFull`, and `OSError` where the folder cannot be read or written.
     """
 
     def __init__(self, store: _Store, folder: Path) -> None:
@@ -486,12 +486,22 @@ class Mirror:
             self._remove(names - kept)
         return True
 
+    def finish(self) -> None:
+        """The attempt's last push, which must succeed; then only the folder as it is stays in the store.
+
+        Raises as `push` does. What cannot be removed is left to the next attempt.
+        """
+        self.push()
+        with contextlib.suppress(StorageFailed, DiskFull):
+            # Seen after the index was written: a claim that comes now finds that index, and needs no other.
+            self._remove(self._names_as_owner())
+
     def keep_up(self) -> str | None:
         """Push while the trial runs: a failure does not end it, and is told once until a push succeeds.
 
-        Tried once, and then again at the reports that follow, so that a store that hangs takes a tenth of the
-        time at most. Raises only `Superseded`. What is at stake is the time since the last push that
-        succeeded, should the node be lost; at the trial's end `push` must succeed.
+        Tried once, and then again at the reports that follow. Pushes, and failures to, take a tenth of the
+        trial's time at most. Raises only `Superseded`. What is at stake is the time since the last push that
+        succeeded, should the node be lost; at the trial's end `finish` must succeed.
         """
         start = time.monotonic()
         if start < self._pushes_from:
@@ -502,20 +512,22 @@ class Mirror:
             self.push()
         except Superseded:
             raise
-        except TrialError as error:
+        except (TrialError, OSError) as error:
             return self._put_off(error, time.monotonic() - start)
         finally:
             self._store = patient
+        now = time.monotonic()
+        self._pushes_from = now + _PAUSE_PER_SECOND * (now - start)
         self._is_failing = False
         return None
 
-    def _put_off(self, error: TrialError, lost_seconds: float) -> str | None:
-        pause_seconds = max(_PAUSE_AFTER_FAILURE_SECONDS, _PAUSE_PER_LOST * lost_seconds)
+    def _put_off(self, error: Exception, lost_seconds: float) -> str | None:
+        pause_seconds = max(_PAUSE_AFTER_FAILURE_SECONDS, _PAUSE_PER_SECOND * lost_seconds)
         self._pushes_from = time.monotonic() + pause_seconds
         if self._is_failing:
             return None
         self._is_failing = True
-        return f"the trial cannot be stored now, goes on, and is stored once it can be: {error}"
+        return f"the trial cannot be stored now, goes on, and is stored once it can be: {_said(error)}"
 
     def forget(self) -> None:
         """Drop all that is stored: the next attempt begins anew, and one that still runs cannot push."""

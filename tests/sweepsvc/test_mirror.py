@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
+import re
 import shutil
 import threading
 import traceback
@@ -215,7 +216,12 @@ def test_what_was_removed_here_is_removed_there_and_nothing_piles_up(url: str, t
     # spec, two checkpoints of three files, the one that the push before had, two indexes, the claim
     assert len(mine._store.names()) == 1 + 6 + 3 + 2 + 1
     remove(here / "checkpoints")
-    mine.push()
+    mine.finish()
+    assert [re.sub(r"[^a-z]", "", name.partition(".")[2]) for name in sorted(mine._store.names())] == [
+        "specjson",
+        "claim",
+        "indexjson",
+    ]
     looking.pull()
     assert content(there) == content(here)
 
@@ -379,7 +385,7 @@ def test_a_push_cut_at_any_request_leaves_the_newest_checkpoint_or_the_one_befor
             mine.pull()
             train_to(here, 3)
             end(here)
-            mine.push()
+            mine.finish()
         except Killed:
             pass
         theirs = on_new_node(url, there)
@@ -420,6 +426,7 @@ def test_a_worker_that_goes_on_after_a_failed_push_stores_all_of_it(tmp_path: Pa
         for step in (3, 4):
             train_to(here, step)
             mine.keep_up()
+            mine._pushes_from = 0.0
         mine._store = good
         mine.push()
         Storage(url).trial("demo-1", str(number), there).pull()
@@ -522,7 +529,7 @@ def test_whenever_the_next_attempt_claims_what_the_lost_worker_still_does_is_har
         lost.claim()
         begin(here, 1, 2)
         lost.push()
-        good, to_lose = lost._store.files, [answer_is_lost]
+        good, to_lose = lost._store.files, ["its answer"] if answer_is_lost else []
 
         def at(
             made: int, name: str, args: tuple[Any, ...], bound: Any = (number, theirs, good, to_lose)
@@ -530,29 +537,31 @@ def test_whenever_the_next_attempt_claims_what_the_lost_worker_still_does_is_har
             number, theirs, good, to_lose = bound
             if made == number:
                 theirs.claim()
-            if name == "pipe_file" and to_lose.pop() is True:
+            if name == "pipe_file" and to_lose:
+                to_lose.clear()
                 good.pipe_file(*args)
                 raise ConnectionResetError("gone")
-            to_lose.append(False)
 
         files = Watched(good, at)
         lost._store = replace(lost._store, files=files)
         with contextlib.suppress(Superseded):
-            for step in (3, 4, 5):
-                train_to(here, step)
+            for trained in ((3,), (4, 5), (6,)):
+                for step in trained:
+                    train_to(here, step)
                 lost.keep_up()
                 lost._pushes_from = 0.0
+            lost.finish()
         if files.requests < number:
             break
         theirs.pull()
         assert theirs.notes == []
         steps.append(newest_step(there))
-        train_to(there, 6)
+        train_to(there, 7)
         theirs.push()
         Storage("memory://b").trial("demo-1", str(number), here).pull()
         assert content(here) == content(there)
     assert steps == sorted(steps)
-    assert set(steps) == {2, 3, 4, 5}
+    assert set(steps) == {2, 3, 5, 6}
 
 
 def test_whatever_the_lost_worker_does_during_a_claim_is_harmless(tmp_path: Path) -> None:
@@ -770,27 +779,35 @@ def test_a_push_that_fails_while_training_is_said_once_and_put_off(
     now[0] = 440
     assert mine.keep_up() is None
     assert mirrors.Storage("memory://bucket").last_words("demo-1", ["0"])["0"].step == 1
+    assert mine._pushes_from == 440
     train_to(tmp_path / "a", 2)
     mine._store = replace(good, files=files)
+    assert mine.keep_up() is not None  # it had succeeded: said again
     with pytest.raises(StorageFailed):  # at the end it must succeed
-        mine.push()
+        mine.finish()
 
 
-def test_a_file_that_changes_while_it_is_sent_is_sent_again(tmp_path: Path) -> None:
-    here = tmp_path / "a"
+def test_a_slow_store_takes_a_tenth_of_the_trials_time_at_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(mirrors.time, "monotonic", lambda: now[0])
+    pushed_at = []
 
-    def at(number: int, name: str, args: tuple[Any, ...]) -> None:
-        if name == "put_file" and "step-00000002" in args[0] and (here / "checkpoints").exists():
-            remove(here / "checkpoints")
-            TrialFolder(here).write_result(TrialResult(outcome="completed"))
+    def slow(number: int, name: str, args: tuple[Any, ...]) -> None:
+        if name == "put_file" and "tensors" in args[0]:
+            pushed_at.append(now[0])
+            now[0] += 60
 
-    storage, _ = watched("memory://bucket", at)
-    mine = storage.trial("demo-1", "0", here)
+    storage, _ = watched("memory://bucket", slow)
+    mine = storage.trial("demo-1", "0", tmp_path)
     mine.claim()
-    begin(here, 1, 2)
-    mine.push()
-    mirror("memory://bucket", tmp_path / "b").pull()
-    assert content(tmp_path / "b").keys() == {"spec.json", "result.json"}
+    begin(tmp_path)
+    for step in range(1, 61):
+        now[0] += 30
+        train_to(tmp_path, step)
+        mine.keep_up()
+    assert pushed_at == [30, 690, 750]  # the second push brings two checkpoints, and takes 120 seconds
 
 
 # --- before the start, and stopping -----------------------------------------------------------------
@@ -912,3 +929,42 @@ def test_a_listing_that_was_kept_is_not_believed(tmp_path: Path) -> None:
     assert ours.names() == {"a", "b"}
     ObjectStore.objects.pop("bucket/prefix/a")
     assert ours.files.ls("bucket/prefix", detail=False) == ["bucket/prefix/b"]
+
+
+def test_names_that_are_patterns_in_fsspec() -> None:
+    files = MemoryFileSystem()
+    for name in ("note*.txt", "note-1.txt"):
+        files.pipe_file(f"/b/{name}", b"")
+    files.rm("/b/note*.txt")
+    assert files.find("/b") == []  # both are gone
+    files.pipe_file("/b/note*.txt", b"")
+    files.pipe_file("/b/note-1.txt", b"")
+    mirrors._Store(files, "/b").remove("note*.txt")
+    assert files.find("/b") == ["/b/note-1.txt"]
+
+
+def test_an_upload_that_fails_midway_is_stored_by_half_and_counts_for_nothing(tmp_path: Path) -> None:
+    """fsspec closes the object on the way out."""
+
+    class Fails(fsspec.Callback):
+        def relative_update(self, inc: int = 1) -> None:
+            raise ConnectionResetError("gone")
+
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "spec.json").write_bytes(b"x" * 6_000_000)
+    files = MemoryFileSystem()
+    with pytest.raises(ConnectionResetError):
+        files.put_file(str(tmp_path / "a" / "spec.json"), "/b/half", callback=Fails())
+    assert files.info("/b/half")["size"] == files.blocksize < 6_000_000
+
+    def half(number: int, name: str, args: tuple[Any, ...]) -> None:
+        if name == "put_file":
+            files.put_file(*args, callback=Fails())
+
+    storage, _ = watched("memory://bucket", half)
+    mine = storage.trial("demo-1", "0", tmp_path / "a")
+    mine.claim()
+    with pytest.raises(StorageFailed):
+        mine.push()
+    mirror("memory://bucket", tmp_path / "b").pull()
+    assert content(tmp_path / "b") == {}
