@@ -159,6 +159,35 @@ def status(
 
 
 @app.command()
+def watch(sweep: MaybeSweepId = None, home: HomeOption = None) -> None:
+    """Follow a sweep that runs elsewhere, as `launch` shows it, from the study and the tracker alone."""
+    from sweepsvc.watch import watch as follow
+
+    record = follow(sweep, _home(home))
+    if record is not None:
+        ended = record
+        _exit_as(lambda: ended)
+
+
+@app.command()
+def logs(
+    sweep: MaybeSweepId = None,
+    trial: Annotated[
+        str | None, typer.Option("--trial", metavar="N", help="This trial, or `baseline`. [default: failed]")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the trial has ended.")] = False,
+    home: HomeOption = None,
+) -> None:
+    """Show what is known of a trial, step by step; without --trial, how the failed ones ended."""
+    from sweepsvc.logs import logs as tell
+
+    try:
+        tell(sweep, _home(home), trial, follow, lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        print("no longer followed; the sweep goes on where it runs", file=sys.stderr)
+
+
+@app.command()
 def report(
     sweeps: Annotated[
         list[str], typer.Argument(metavar="SWEEP...", help="Ids, or the starts of them alone.")

@@ -208,6 +208,42 @@ class Rebuilding(Recorder, Protocol):
         """Take a run away that no trial has."""
 
 
+@dataclass(frozen=True)
+class Point:
+    """One number of a run: of which step, and when it was recorded (milliseconds since 1970, UTC).
+
+    Two of the same step and time are the same, NaN too.
+    """
+
+    step: int
+    at_ms: int
+    value: float = field(compare=False)
+
+
+@dataclass(frozen=True)
+class RunHistory:
+    """When a run began, and each of its numbers by name, in the order of recording."""
+
+    started_ms: int
+    curves: Mapping[str, Sequence[Point]] = field(default_factory=dict)
+
+
+class Reader(Protocol):
+    """A tracker that is looked into and never changed: it makes neither a store nor a run.
+
+    `CannotStart` if it does not answer.
+    """
+
+    def newest(self, run_id: str) -> Mapping[str, Point] | None:
+        """The newest of each number by step (`train.loss`, `lr`, ...); None where there is no such run.
+
+        `wall_seconds` is among them once the run has ended: whatever came with it are final numbers.
+        """
+
+    def history(self, run_id: str) -> RunHistory | None:
+        """All of them; None where there is no such run."""
+
+
 class Tracking(Protocol):
     """What a driver says to the tracker. It never waits for it, and trouble with it raises nothing here."""
 

@@ -49,7 +49,16 @@ from sweeps.space import field_value
 from sweeps.spec import FIELDS, DataSpec, TrialSpec
 from sweeps.sweep import Sweep
 from sweeps.trial.paths import TrialFolder
-from sweepsvc.protocols import History, Proposal, Report, SweepState, TrialRecord, TrialState
+from sweepsvc.protocols import (
+    History,
+    Point,
+    Proposal,
+    Report,
+    RunHistory,
+    SweepState,
+    TrialRecord,
+    TrialState,
+)
 from sweepsvc.urls import masked, sqlite_file
 
 T = TypeVar("T")
@@ -241,7 +250,7 @@ class MlflowRecorder:
         at_ms: int | None = None,
     ) -> str:
         """Open the trial's run, or the one it has again; see `protocols.Recorder`."""
-        run = self._run(run_id) if run_id else None
+        run = _active_run(self._client, run_id) if run_id else None
         if run is None and not first:
             run = next(iter(self._search(f"tags.trial = '{proposal.key}'", at_most=1)), None)
         if run is None:
@@ -255,16 +264,6 @@ class MlflowRecorder:
             self._reopen(run, attempt)
         self._add_params(run, trial_params(proposal))
         return str(run.info.run_id)
-
-    def _run(self, run_id: str) -> Run | None:
-        """None where there is no such run, or it was deleted."""
-        try:
-            run = self._client.get_run(run_id)
-        except MlflowException as error:
-            if error.error_code in _NO_SUCH_RUN:
-                return None
-            raise
-        return run if run.info.lifecycle_stage == LifecycleStage.ACTIVE else None
 
     def _reopen(self, run: Run, attempt: int) -> None:
         if run.info.status != "RUNNING":
@@ -442,6 +441,63 @@ class MlflowRecorder:
         self._client.delete_run(run_id)
 
 
+class MlflowReader:
+    """The numbers in MLflow as they stand; see `protocols.Reader`.
+
+    `tracking_uri` is an SQLite address, which is not made, or a server's.
+    """
+
+    def __init__(self, tracking_uri: str) -> None:
+        self._uri = tracking_uri
+        self._opened: MlflowClient | None = None
+
+    def newest(self, run_id: str) -> Mapping[str, Point] | None:
+        with _reaching(self._uri):
+            run = _active_run(self._client(), run_id)
+        if run is None:
+            return None
+        # Its public `metrics` have no steps.
+        return {metric.key: _point(metric) for metric in run.data._metric_objs if metric.key in _READ}
+
+    def history(self, run_id: str) -> RunHistory | None:
+        with _reaching(self._uri):
+            run = _active_run(self._client(), run_id)
+            if run is None:
+                return None
+            names = [name for name in _READ if name in run.data.metrics]
+            curves = {name: self._client().get_metric_history(run_id, name) for name in names}
+        return RunHistory(
+            run.info.start_time, {name: [_point(one) for one in curve] for name, curve in curves.items()}
+        )
+
+    def _client(self) -> MlflowClient:
+        file = sqlite_file(self._uri)
+        if file is not None and not file.exists():
+            raise FileNotFoundError("there is no such file")
+        if self._opened is None:
+            self._opened = MlflowClient(tracking_uri=self._uri, registry_uri=self._uri)
+        return self._opened
+
+
+def _active_run(client: MlflowClient, run_id: str) -> Run | None:
+    """None where there is no such run, or it was deleted."""
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code in _NO_SUCH_RUN:
+            return None
+        raise
+    return run if run.info.lifecycle_stage == LifecycleStage.ACTIVE else None
+
+
+def _point(metric: Metric) -> Point:
+    # MLflow keeps the greatest number for infinity.
+    is_infinite = abs(metric.value) >= sys.float_info.max
+    return Point(
+        metric.step, metric.timestamp, math.copysign(math.inf, metric.value) if is_infinite else metric.value
+    )
+
+
 def ui_command(
     tracking_uri: str, artifact_root: Path, host: str = "127.0.0.1", port: int = 5000
 ) -> list[str]:
@@ -599,6 +655,8 @@ def _metric_name(name: str) -> str:
 
 
 _LOSSES = ("train.loss", "eval.loss")
+_READ = (*_LOSSES, "lr", "tokens_per_second", "wall_seconds")
+"""What a run has by step, and what each end adds."""
 
 
 def _report_metrics(report: Report) -> list[Metric]:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import shlex
 import shutil
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -24,6 +22,7 @@ from sweepsvc.facts import gather
 from sweepsvc.home import Home, SweepFolder
 from sweepsvc.launch import SweepRun, all_or_nothing, drive, prepare, state_of
 from sweepsvc.meaning import as_it_is_now, differences
+from sweepsvc.nextsteps import next_steps, resume_line
 from sweepsvc.outbox import Outbox
 from sweepsvc.protocols import SweepRecord
 from sweepsvc.recorder import MlflowRecorder
@@ -350,30 +349,4 @@ def _saying_how_to_go_on(console: Console, home: Home, sweep_id: str) -> Iterato
     try:
         yield
     except CannotContinue as error:
-        raise CannotContinue(f"{error}\n{_resume_line(home, sweep_id)}") from error
-
-
-def next_steps(home: Home, record: SweepRecord) -> str:
-    """The commands that come next, ready to be copied."""
-    lines = [
-        f"compare the trials in the MLflow UI:  {_command(home, 'ui')}",
-        f"see them again here:                  {_command(home, 'status', record.sweep_id)}",
-    ]
-    if record.state != "completed":
-        lines.append(_resume_line(home, record.sweep_id))
-    return "\n".join(lines)
-
-
-def _resume_line(home: Home, sweep_id: str) -> str:
-    return f"go on from the last checkpoints:      {_command(home, 'resume', sweep_id)}"
-
-
-def _command(home: Home, *words: str) -> str:
-    return shlex.join([_python(), "-m", "sweepsvc", *words, *home.option])
-
-
-def _python() -> str:
-    """This Python, as one would type it here: `.venv/bin/python`."""
-    with contextlib.suppress(ValueError):
-        return str(Path(sys.executable).relative_to(Path.cwd()))
-    return sys.executable
+        raise CannotContinue(f"{error}\n{resume_line(home, sweep_id)}") from error

@@ -30,7 +30,7 @@ import logging
 import sqlite3
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -686,6 +686,49 @@ def load_record(sweep_id: str | None, url: str) -> SweepRecord:
         return _sweep_record(study.study_name, study.user_attrs, _trials(storage, study.study_name))
 
 
+class StudyReader:
+    """One sweep, read again and again while another process drives it; see `load_record`.
+
+    Only what can have changed is read anew, trials that had not ended and later ones, and a record is made
+    anew only of what did change. Nothing is held open between two readings, so a server may be started anew.
+    """
+
+    def __init__(self, sweep_id: str | None, url: str) -> None:
+        self._url = url
+        self._known: dict[str, tuple[Entry, TrialRecord]] = {}
+        with _one(sweep_id, url) as (storage, study):
+            self.sweep_id: str = study.study_name
+            self._study_id = study._study_id
+            self._storage = storage
+            self._cache = optuna.storages.get_storage(storage)
+
+    @_without_collecting()
+    def read(self) -> SweepRecord:
+        """`CannotStart` if the study does not answer just now, `UnknownSweep` if the sweep was deleted."""
+        file = sqlite_file(self._url)
+        if file is not None and not file.exists():  # SQLite would make it
+            raise _unusable(self._url, FileNotFoundError("there is no such file"))
+        try:
+            attributes = self._cache.get_study_user_attrs(self._study_id)
+            trials = self._cache.get_all_trials(self._study_id, deepcopy=False)
+        except KeyError:
+            raise UnknownSweep(f"the sweep {self.sweep_id} was deleted from {masked(self._url)}") from None
+        except _STORAGE_ERRORS as error:
+            raise _unusable(self._url, error) from error
+        finally:
+            _release(self._storage)
+        return _sweep_record(self.sweep_id, attributes, trials, self._record)
+
+    def _record(self, entry: Entry, metric: str) -> TrialRecord:
+        key = entry["proposal"]["key"]
+        before = self._known.get(key)
+        if before is not None and (entry is before[0] or entry == before[0]):
+            return before[1]
+        made = trial_record(entry, metric)
+        self._known[key] = (entry, made)
+        return made
+
+
 @contextlib.contextmanager
 def _one(sweep_id: str | None, url: str) -> Iterator[tuple[BaseStorage, Any]]:
     """The sweep with that id or unique prefix, the newest for None."""
@@ -800,14 +843,19 @@ def _summary(storage: BaseStorage, study: Any) -> SweepSummary:
     )
 
 
-def _sweep_record(sweep_id: str, attributes: Mapping[str, Any], trials: Iterable[FrozenTrial]) -> SweepRecord:
+def _sweep_record(
+    sweep_id: str,
+    attributes: Mapping[str, Any],
+    trials: Iterable[FrozenTrial],
+    make: Callable[[Entry, str], TrialRecord] = trial_record,
+) -> SweepRecord:
     objective = attributes["objective"]
     metric = objective["metric"]
     baselines = {key: value for key, value in attributes.items() if key.startswith(_BASELINE)}
     runs = {key.removeprefix(_RUN): run for key, run in attributes.items() if key.startswith(_RUN)}
 
     def record(entry: Entry) -> TrialRecord:
-        made = trial_record(entry, metric)
+        made = make(entry, metric)
         late = runs.get(made.proposal.key)
         return made if late is None else replace(made, mlflow_run_id=late)
 

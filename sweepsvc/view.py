@@ -71,9 +71,14 @@ class LineView:
 
 
 class LiveView:
-    """A bar for each running trial, updated in place; what ended scrolls above."""
+    """A bar for each running trial, updated in place; what ended scrolls above.
 
-    def __init__(self, console: Console, objective: str, maximize: bool) -> None:
+    `before` are trials that had ended when it began: they are counted.
+    """
+
+    def __init__(
+        self, console: Console, objective: str, maximize: bool, before: Sequence[TrialRecord] = ()
+    ) -> None:
         self._console = console
         self._objective = objective
         self._maximize = maximize
@@ -88,6 +93,9 @@ class LiveView:
             console=console,
         )
         self._live = Live(get_renderable=self._render, console=console, refresh_per_second=4, transient=True)
+        for trial in before:
+            if trial.result is not None:
+                self._count(trial.proposal, trial.result)
 
     def __enter__(self) -> LiveView:
         self._live.start()
@@ -121,6 +129,10 @@ class LiveView:
 
     def ended(self, proposal: Proposal, result: TrialResult) -> None:
         self._remove(proposal)
+        self._count(proposal, result)
+        self.note(f"{title(proposal)} {outcome_text(result)}")
+
+    def _count(self, proposal: Proposal, result: TrialResult) -> None:
         self._done += 1
         self._failed += result.outcome == "failed"
         value = result.metrics().get(self._objective)
@@ -128,7 +140,6 @@ class LiveView:
             sign = 1 if self._maximize else -1
             if self._best is None or sign * value > sign * self._best[0]:
                 self._best = (value, title(proposal))
-        self.note(f"{title(proposal)} {outcome_text(result)}")
 
     def _render(self) -> Group:
         best = f"best so far {self._objective} {self._best[0]:.4g} ({self._best[1]})" if self._best else ""

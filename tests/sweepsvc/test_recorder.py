@@ -28,7 +28,14 @@ from sweeps.sweep import Sweep
 from sweeps.trial.paths import TrialFolder
 from sweepsvc.plain import PlainRecorder, PlainStudy
 from sweepsvc.protocols import Proposal, Recorder, Report
-from sweepsvc.recorder import MlflowRecorder, check_registry, register_model, run_name, ui_command
+from sweepsvc.recorder import (
+    MlflowReader,
+    MlflowRecorder,
+    check_registry,
+    register_model,
+    run_name,
+    ui_command,
+)
 from tests.sweepsvc.samples import TASK, result_of, sweep_of
 
 FACTS = {"git_commit": "0123abc", "python": "3.11.0", "store": "postgresql://me:secret@db/x"}
@@ -744,3 +751,59 @@ def test_a_sweep_that_the_tracker_does_not_know_gets_no_run_for_a_report(uri: st
     with pytest.raises(CannotStart, match="must have a run in sqlite"):
         absent.keep([], "report")
     assert not (tmp_path / "none.db").exists()
+
+
+# --- reading ----------------------------------------------------------------------------------------
+
+
+def training(step: int, loss: float, at_ms: int, held_out: float | None = None) -> Report:
+    return Report(
+        Progress(phase="training", step=step, steps=4, train_loss=loss, eval_loss=held_out, lr=1e-3), at_ms
+    )
+
+
+def test_a_reader_finds_the_newest_numbers_with_their_steps_and_the_history(
+    recorder: MlflowRecorder, proposals: list[Proposal], folder: Path, uri: str
+) -> None:
+    run_id = recorder.start(proposals[1], first=True, at_ms=1_000)
+    reader = MlflowReader(uri)
+    assert reader.newest(run_id) == {}
+    recorder.report(run_id, [training(1, 3.0, 2_000, held_out=2.5), training(2, math.nan, 3_000)])
+    newest = reader.newest(run_id)
+    assert newest is not None
+    assert {name: (one.step, one.at_ms) for name, one in newest.items()} == {
+        "train.loss": (2, 3_000),
+        "eval.loss": (1, 2_000),
+        "lr": (2, 3_000),
+    }
+    assert newest["eval.loss"].value == 2.5
+    assert math.isnan(newest["train.loss"].value)
+    assert reader.newest(run_id) == newest  # NaN is no news
+    recorder.report(run_id, [training(3, math.inf, 4_000)])
+    recorder.end(run_id, proposals[1], result_of("completed", 0.5), folder, at_ms=9_000)
+    history = reader.history(run_id)
+    assert history is not None
+    assert history.started_ms == 1_000
+    assert [(one.step, one.at_ms) for one in history.curves["train.loss"]] == [
+        (1, 2_000),
+        (2, 3_000),
+        (3, 4_000),
+    ]
+    assert history.curves["train.loss"][2].value == math.inf
+    assert [(one.step, one.at_ms, one.value) for one in history.curves["wall_seconds"]] == [(4, 9_000, 3.0)]
+
+
+def test_a_reader_makes_nothing_and_knows_of_no_run_that_was_deleted(
+    recorder: MlflowRecorder, proposals: list[Proposal], uri: str, tmp_path: Path
+) -> None:
+    absent = MlflowReader(f"sqlite:///{tmp_path}/none/mlflow.db")
+    for look in (absent.newest, absent.history):
+        with pytest.raises(CannotStart, match=r"the MLflow store must be reachable.*there is no such file"):
+            look("0" * 32)
+    assert not (tmp_path / "none").exists()
+    reader = MlflowReader(uri)
+    assert reader.newest("0" * 32) is None
+    run_id = recorder.start(proposals[1], first=True)
+    recorder.delete(run_id)
+    assert reader.newest(run_id) is None
+    assert reader.history(run_id) is None

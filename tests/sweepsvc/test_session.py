@@ -22,6 +22,7 @@ from sweeps.sweepfile import load_sweep
 from sweeps.trial.paths import TrialFolder
 from sweepsvc import owner, session
 from sweepsvc.home import Home, SweepFolder
+from sweepsvc.nextsteps import next_steps
 from sweepsvc.plain import SerialScheduler
 from sweepsvc.protocols import SweepRecord
 from sweepsvc.resume import Selection
@@ -419,9 +420,9 @@ def test_what_to_do_next_can_be_typed_as_it_is_printed(
     file: Path, tmp_path: Path, trials: Trials, home: Home
 ) -> None:
     record = launch(file, home)
-    printed = session.next_steps(Home(tmp_path / "a home"), record)
+    printed = next_steps(Home(tmp_path / "a home"), record)
     assert f"-m sweepsvc ui --home '{tmp_path}/a home'" in printed
-    assert session.next_steps(Home(), record).endswith("status demo-1")
+    assert next_steps(Home(), record).endswith("status demo-1")
 
 
 def test_a_ledger_that_fails_is_said_with_the_way_to_go_on(

@@ -170,3 +170,10 @@ def test_a_terminal_gets_a_bar_for_each_running_trial_and_the_best_so_far() -> N
     live.ended(proposal(2), completed(0.4))
     live.ended(proposal(None), completed(0.9))
     assert "3 ended, 0 failed  best so far score.mean 0.5" in text_of(live._render())
+
+
+def test_a_table_that_begins_late_counts_what_ended_before() -> None:
+    console = Console(file=io.StringIO(), width=140, force_terminal=True)
+    live = view.LiveView(console, "score.mean", maximize=True, before=record().trials)
+    live.ended(proposal(3), completed(0.4))
+    assert "4 ended, 1 failed  best so far score.mean 0.75 (trial 1" in text_of(live._render())
