@@ -163,7 +163,7 @@ def test_what_was_said_is_not_said_again_and_a_tracker_that_is_away_is_said_once
 
 def test_following_ends_with_the_trial(study: PlainStudy, monkeypatch: pytest.MonkeyPatch) -> None:
     trial = began(study)
-    monkeypatch.setattr(logs.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr("sweepsvc.logs.time.sleep", lambda seconds: None)
 
     class Studies:
         """A study that is away once, then has the trial's end."""

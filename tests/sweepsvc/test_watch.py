@@ -233,17 +233,22 @@ def test_a_tracker_that_is_away_is_said_once_and_once_that_it_is_back() -> None:
     tracker = Tracker()
     tracker.trouble = "refused: http://me:secret@host"
     notes: list[str] = []
+    found: dict[str, Mapping[str, Point]] = {}
     with Newest(tracker, poll_seconds=0.001) as newest:
+
+        def heard() -> tuple[int, int]:
+            notes.extend(newest.notes())
+            found.update(newest.take())
+            return len(notes), len(found)
+
         newest.want({"0": "run-0"})
         for _ in range(3):
             tracker.asked.clear()
             assert tracker.asked.wait(10)
         tracker.numbers["run-0"] = numbers(1, 2.0)
         tracker.trouble = ""
-        until(lambda: notes.extend(newest.notes()) or len(notes) == 2)
-        found: list[Mapping[str, Mapping[str, Point]]] = []
-        until(lambda: found.append(newest.take()) or "0" in found[-1])
-    assert found[-1]["0"]["train.loss"].value == 2.0
+        until(lambda: heard() == (2, 1))
+    assert found["0"]["train.loss"].value == 2.0
     assert notes == [
         "the tracker does not answer, what the study says goes on: refused: http://me:***@host",
         "the tracker answers again",
@@ -410,7 +415,7 @@ def test_a_reader_reads_no_trial_that_has_ended_a_second_time(
     driver.started(next_of(driver))
     reader = StudyReader(None, home.study_url)
     rows: list[int] = []
-    read = reader._storage._get_trials  # type: ignore[union-attr]
+    read = reader._storage._get_trials
 
     def counted(*arguments: object, **options: object) -> object:
         found = read(*arguments, **options)
@@ -487,7 +492,7 @@ def test_ctrl_c_ends_the_watching_and_not_the_sweep(
     def press_ctrl_c(seconds: float) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(watch.time, "sleep", press_ctrl_c)
+    monkeypatch.setattr("sweepsvc.watch.time.sleep", press_ctrl_c)
     assert run(monkeypatch, "watch") == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"sweep demo-1, driven by process {this_process().rsplit(':', 2)[1]} on")
