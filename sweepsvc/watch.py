@@ -339,7 +339,7 @@ class Newest:
 
     def _work(self) -> None:
         while (wanted := self._next()) is not None:
-            began = time.monotonic()
+            began, pause_seconds = time.monotonic(), self._poll_seconds
             try:
                 for key, run_id in wanted.items():
                     numbers = self._reader.newest(run_id)
@@ -350,9 +350,9 @@ class Newest:
                 self._failed(error)
             else:
                 self._answered()
-            seconds = max(self._poll_seconds, (time.monotonic() - began) / SHARE)
+                pause_seconds = max(pause_seconds, (time.monotonic() - began) / SHARE)
             with self._changed:
-                self._changed.wait_for(lambda: self._is_over, seconds)
+                self._changed.wait_for(lambda: self._is_over, pause_seconds)
 
     def _next(self) -> Mapping[str, str] | None:
         """What is wanted, once something is; None when all is over."""
