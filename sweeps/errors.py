@@ -102,6 +102,10 @@ class CannotContinue(SweepsError):
     """A running sweep must stop, and can be resumed once what it says is mended."""
 
 
+class TakenOver(CannotContinue):
+    """Another driver has the sweep: this one may write nothing more, and its workers are to end at once."""
+
+
 class Interrupted(SweepsError):
     """A trial was asked to stop; what it has done so far is in its last checkpoint."""
 

@@ -72,6 +72,10 @@ def is_local(path: str, value: Any) -> bool:
     return path in (*_LOCAL_FILES, *_LOCAL_FOLDERS) and isinstance(value, str)
 
 
+LOCAL_FIELDS = ("model.id", *_LOCAL_FILES, *_LOCAL_FOLDERS)
+"""The fields that may name a file or folder of a machine."""
+
+
 def located(path: str, value: Any, folder: Path) -> Any:
     """The value of the field at `path`, absolute where it names a local file or folder."""
     if not is_local(path, value):

@@ -70,14 +70,21 @@ _MOST_TRIAL_FAULTS = 20
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
-def load_sweep(path: Path | str, overrides: Sequence[str] = (), task_names: TaskNames | None = None) -> Sweep:
+def load_sweep(
+    path: Path | str,
+    overrides: Sequence[str] = (),
+    task_names: TaskNames | None = None,
+    files_are_here: bool = True,
+) -> Sweep:
     """Read the sweep file at `path`, with each `PATH=VALUE` of `overrides` laid over it.
 
     `task_names` gives the benchmarks that may be named besides the article's six; it is called only if
-    one is. Raises `InvalidSweep` with every fault.
+    one is. Local files that the sweep names are not looked for where they are not here, but on the machines
+    that run it. Raises `InvalidSweep` with every fault.
     """
-    path = Path(path)
-    return load_sweep_text(read_file(path), str(path), overrides, path.absolute().parent, task_names)
+    path, text = Path(path), read_file(Path(path))
+    base_dir = path.absolute().parent
+    return load_sweep_text(text, str(path), overrides, base_dir, task_names, files_are_here)
 
 
 def load_sweep_text(
@@ -86,12 +93,13 @@ def load_sweep_text(
     overrides: Sequence[str] = (),
     base_dir: Path | str = ".",
     task_names: TaskNames | None = None,
+    files_are_here: bool = True,
 ) -> Sweep:
     """The same from text: relative paths in it are taken from `base_dir`, those of overrides from the working
     folder. A `Sweep`'s own text, source, overrides and base_dir give it again, wherever that is done."""
     document = read_document(text, source)
     kept = tuple(lay_over(document, override) for override in overrides)
-    sweep = _Reader(document, Path(base_dir).absolute(), task_names).sweep(text, kept)
+    sweep = _Reader(document, Path(base_dir).absolute(), task_names, files_are_here).sweep(text, kept)
     if document.faults:
         raise InvalidSweep(source, document.faults)
     return sweep
@@ -104,9 +112,12 @@ class _Reader:
     """Reads one document section by section. A fault is kept in the document, and reading goes on without
     the value that has it: its path is `tainted`, so that no later check blames what follows from it."""
 
-    def __init__(self, document: Document, base_dir: Path, task_names: TaskNames | None) -> None:
+    def __init__(
+        self, document: Document, base_dir: Path, task_names: TaskNames | None, files_are_here: bool
+    ) -> None:
         self.document = document
         self.base_dir = base_dir
+        self.files_are_here = files_are_here
         self.task_names = task_names
         self.tainted: set[str] = set()
         self.reported = 0
@@ -218,7 +229,7 @@ class _Reader:
         if not is_local(path, option.value):
             return option
         local = located(path, option.value, self.base_dir)
-        if reason := missing(path, Path(local)):
+        if self.files_are_here and (reason := missing(path, Path(local))):
             self.report(at, reason, taint=path)
             return None
         return Option(option.label, local)

@@ -41,8 +41,30 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="PATH=VALUE", help="Override a field of the file; may be repeated."),
 ]
+StorageOption = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        metavar="URL",
+        help="Object storage for trials' files, where a cluster's machines share no home. "
+        "[default: SWEEPSVC_STORAGE]",
+    ),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
+
+AddressOption = Annotated[
+    str | None,
+    typer.Option(
+        "--address",
+        metavar="ADDR",
+        help="A Ray cluster: auto (this machine is part of it), or its head's http://HOST:8265 or "
+        "ray://HOST:10001, where the driver then runs. [default: RAY_ADDRESS, or Ray on this machine]",
+    ),
+]
+DetachOption = Annotated[
+    bool, typer.Option("--detach", help="Have the cluster run the driver, and do not wait for it.")
+]
 
 SweepId = Annotated[str, typer.Argument(metavar="SWEEP", help="A sweep's id, or the start of one alone.")]
 MaybeSweepId = Annotated[
@@ -62,19 +84,37 @@ def launch(
         bool,
         typer.Option("--rehearse", help="Only try every trial for two steps on a small model, on the CPU."),
     ] = False,
+    address: AddressOption = None,
+    detach: DetachOption = False,
+    storage: StorageOption = None,
     home: HomeOption = None,
 ) -> None:
     """Run a sweep: propose, train, score and record its trials."""
     from sweepsvc.launch import new_sweep_id
 
+    if rehearse and (address or detach):
+        raise CannotStart("a rehearsal runs on this machine, got --address or --detach; leave them out")
+    if _runs_there(address, detach):
+        from sweepsvc import remote
+
+        sent = _load(file, overrides, files_are_here=False)
+        errand = remote.launch_errand(sent, sweep_id or new_sweep_id(sent.name), remote.Place(home, storage))
+        raise typer.Exit(remote.send(errand, address or "auto", detach))
     sweep = _load(file, overrides)
-    place = _home(home)
+    place = _home(home, storage)
     place.check()
 
     from sweepsvc import session
 
-    drive = session.rehearse if rehearse else session.launch
-    _exit_as(lambda: drive(sweep, place, sweep_id or new_sweep_id(sweep.name)))
+    name = sweep_id or new_sweep_id(sweep.name)
+    if rehearse:
+        _exit_as(lambda: session.rehearse(sweep, place, name))
+    _exit_as(lambda: session.launch(sweep, place, name, session.Joined(address)))
+
+
+def _runs_there(address: str | None, detach: bool) -> bool:
+    """Whether the driver is to run on the cluster, and not here."""
+    return detach or (address is not None and "://" in address)
 
 
 @app.command()
@@ -97,15 +137,34 @@ def resume(
     take_over: Annotated[
         bool, typer.Option("--take-over", help="The host that drove the sweep is gone for good.")
     ] = False,
+    address: AddressOption = None,
+    detach: DetachOption = False,
+    storage: StorageOption = None,
     home: HomeOption = None,
 ) -> None:
     """Go on with a sweep: what failed, was cut off or never ran, from its last checkpoint."""
-    from sweepsvc import session
     from sweepsvc.resume import Selection
 
     selection = Selection(failed, tuple(trials or ()), from_scratch)
-    asked = session.Asked(selection, add_trials, as_launched, take_over)
-    _exit_as(lambda: session.resume(sweep, _home(home), asked))
+    if _runs_there(address, detach):
+        from sweepsvc import remote
+
+        options = remote.ResumeOptions(add_trials, as_launched, take_over)
+        errand = remote.resume_errand(sweep, selection, options, remote.Place(home, storage))
+        raise typer.Exit(remote.send(errand, address or "auto", detach))
+
+    from sweepsvc import session
+
+    asked = session.Asked(selection, add_trials, as_launched, take_over, session.Joined(address))
+    _exit_as(lambda: session.resume(sweep, _home(home, storage), asked))
+
+
+@app.command(hidden=True)
+def drive(errand: Annotated[Path, typer.Argument(metavar="ERRAND")]) -> None:
+    """Be the driver that `launch` or `resume` has sent to this cluster."""
+    from sweepsvc import remote
+
+    _exit_as(lambda: remote.drive(errand, _task_names))
 
 
 @app.command()
@@ -343,10 +402,11 @@ def ui(
     os.execv(command[0], command)
 
 
-def _load(file: Path, overrides: list[str] | None) -> Sweep:
+def _load(file: Path, overrides: list[str] | None, files_are_here: bool = True) -> Sweep:
     from sweeps.sweepfile import load_sweep
 
-    return load_sweep(file, overrides or (), task_names=_task_names)
+    names = _task_names if files_are_here else None  # a task_dir is elsewhere, too
+    return load_sweep(file, overrides or (), names, files_are_here)
 
 
 def _task_names(task_dir: str | None) -> Any:
@@ -355,10 +415,10 @@ def _task_names(task_dir: str | None) -> Any:
     return task_names(task_dir)
 
 
-def _home(home: Path | None) -> Home:
+def _home(home: Path | None, storage: str | None = None) -> Home:
     from sweepsvc.home import Home
 
-    return Home(home)
+    return Home(home, storage)
 
 
 def _print_json(value: Any) -> None:

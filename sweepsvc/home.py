@@ -25,10 +25,13 @@ class Home:
     <sweep-id>/owner                       the process that drives the sweep, locked by it
     <sweep-id>/stop                        there while the sweep is asked to stop
     <sweep-id>/ray/                        Ray's own state, never read by us
+
+    `storage` is an address of object storage for what workers write, where they do not share the home.
     """
 
-    def __init__(self, path: Path | str | None = None) -> None:
+    def __init__(self, path: Path | str | None = None, storage: str | None = None) -> None:
         self.path = Path(path or os.environ.get("SWEEPSVC_HOME") or "runs").absolute()
+        self.storage = storage or os.environ.get("SWEEPSVC_STORAGE") or ""
 
     @property
     def study_url(self) -> str:
@@ -46,6 +49,10 @@ class Home:
     def option(self) -> list[str]:
         """The words that name it in a command; none where a command finds it by itself."""
         return [] if self.path == Path("runs").absolute() else ["--home", str(self.path)]
+
+    def storing(self, storage: str) -> Home:
+        """The same home, with the storage that a sweep was launched with, where none is asked for."""
+        return self if self.storage or not storage else Home(self.path, storage)
 
     def check(self) -> None:
         """Raise `CannotStart` if a later version made this home."""
@@ -65,14 +72,19 @@ class Home:
             write_whole(self.path / "format", f"{FORMAT}\n")
 
     def sweep(self, sweep_id: str) -> SweepFolder:
-        return SweepFolder(self.path / sweep_id)
+        return SweepFolder(self.path / sweep_id, self.storage)
 
 
 class SweepFolder:
-    """The files of one sweep."""
+    """The files of one sweep.
 
-    def __init__(self, path: Path) -> None:
+    `storage` is the address of the store in which the workers keep their trials' folders, "" where
+    they share this one: what is here is then copies.
+    """
+
+    def __init__(self, path: Path, storage: str = "") -> None:
         self.path = path
+        self.storage = storage
         self.sweep_file = path / "sweep.yaml"
         self.ray = path / "ray"
         self.owner = path / "owner"

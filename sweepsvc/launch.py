@@ -14,14 +14,15 @@ from pathlib import Path
 from types import FrameType
 from typing import ParamSpec, TypeVar
 
-from sweeps.errors import CannotContinue, CannotStart, FailureClass
+from sweeps.errors import CannotContinue, CannotStart, FailureClass, TakenOver, TrialError
 from sweeps.result import Progress, TrialResult
 from sweeps.signals import handled
 from sweeps.sweep import Faults, Retries, Sweep
-from sweeps.trial.paths import TrialFolder, write_whole
+from sweeps.trial.paths import write_whole
 from sweepsvc import owner
 from sweepsvc.home import Home, SweepFolder
 from sweepsvc.protocols import Later, Proposal, Scheduler, Study, SweepRecord, SweepState, Tracking
+from sweepsvc.stored import TrialFiles
 from sweepsvc.view import View
 
 P = ParamSpec("P")
@@ -35,8 +36,8 @@ class SweepRun:
     there is nothing with `asks=False`. Of the queue, what was `told` failed or interrupted is opened again
     once it is its turn; what is `forgotten` begins anew, whatever it left.
 
-    Nothing here raises into the scheduler. Where the sweep cannot go on, no more is handed out, and what runs
-    is asked to write a checkpoint and end.
+    Nothing here raises into the scheduler but `TakenOver`, which ends all at once. Where the sweep cannot go
+    on for another reason, no more is handed out, and what runs is asked to write a checkpoint and end.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class SweepRun:
         self._study = study
         self._tracking = tracking
         self._folder = folder
+        self._files = TrialFiles(folder)
         self._view = view
         self._faults = faults
         self._queue = deque(queue)
@@ -65,9 +67,13 @@ class SweepRun:
         self._tries: Counter[tuple[str, FailureClass]] = Counter()
         self._failed_in_a_row: list[FailureClass] = []
         self._notes_shown = 0
+        self._next_heartbeat = 0.0
         self._end_was_said = False
         self.stopped_because = ""
         self.broken_by: CannotContinue | None = None
+
+    def waiting(self) -> None:
+        self._catch_up()
 
     def next(self) -> Proposal | Later | None:
         self._catch_up()
@@ -100,16 +106,19 @@ class SweepRun:
         if proposal.key in self._told:
             self._told.discard(proposal.key)
             self._written(self._study.reopen, proposal)
-        files = TrialFolder(self.folder(proposal))
         try:
             if proposal.key in self._forgotten:
-                files.forget()
+                self._files.forget(proposal)
                 self._forgotten.discard(proposal.key)
-            elif not files.is_final(proposal.spec):
-                files.result.unlink(missing_ok=True)
+            else:
+                self._files.clear(proposal)
+        except TrialError as error:
+            self.give_up(CannotContinue(str(error)))
+            return None
         except OSError as error:
+            folder = self.folder(proposal)
             self.give_up(
-                CannotContinue(f"the trial's folder must be writable, got {files.path}: {error.strerror}")
+                CannotContinue(f"the trial's folder must be writable, got {folder}: {error.strerror}")
             )
             return None
         return proposal
@@ -137,6 +146,12 @@ class SweepRun:
 
     def folder(self, proposal: Proposal) -> Path:
         return self._folder.trial(proposal)
+
+    def fetch(self, proposal: Proposal) -> None:
+        try:
+            self._files.fetch(proposal)
+        except (TrialError, OSError) as error:  # what the scheduler heard of its end stands, or it runs again
+            self._view.note(f"the files of {proposal.key} could not be fetched: {error}")
 
     def _end_unfinished(self, proposal: Proposal) -> None:
         result = TrialResult(outcome="interrupted")
@@ -196,32 +211,41 @@ class SweepRun:
 
     def ask_to_stop(self) -> None:
         """Hand out no more, and have every worker write a checkpoint and end."""
-        self._stop_workers()
+        self._files.ask_to_stop()
         self._stop_because("it was asked to stop; what runs writes a checkpoint and ends (again: at once)")
-
-    def _stop_workers(self) -> None:
-        with contextlib.suppress(OSError):  # on a full disk those that run go on to their ends
-            self._folder.stop.touch()
 
     def give_up(self, error: CannotContinue) -> None:
         """Stop the sweep, which cannot go on for that reason."""
         if self.broken_by is None:
             self.broken_by = error
             self._stop_because(str(error))
-            self._stop_workers()
+            self._files.ask_to_stop()
 
     def _written(self, write: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T | None:
         """What `write` gives; None, and the sweep stops, where the ledger cannot be written."""
         try:
             return write(*arguments, **options)
+        except TakenOver as error:  # the file that stops workers is the other driver's by now
+            self.broken_by = error
+            self.stopped_because = str(error)
+            raise
         except CannotContinue as error:
             self.give_up(error)
             return None
+
+    def _beat(self) -> None:
+        """Say that this driver lives, and hear whether it is asked to stop."""
+        if time.monotonic() < self._next_heartbeat or self.broken_by is not None:
+            return
+        self._next_heartbeat = time.monotonic() + owner.HEARTBEAT_SECONDS
+        if self._written(self._study.heartbeat) and not self.stopped_because:
+            self.ask_to_stop()
 
     # The tracker
 
     def _catch_up(self) -> None:
         """Hear from the tracker: which runs it has opened, and whether it fails."""
+        self._beat()
         for key, run_id in self._tracking.opened():
             self._written(self._study.tracked, key, run_id)
         for note in self._tracking.notes():
@@ -237,6 +261,8 @@ class SweepRun:
 
         Raises `CannotContinue` if the ledger could not be written, now or before.
         """
+        if isinstance(self.broken_by, TakenOver):
+            raise self.broken_by
         for _, proposal in self._paused:
             self._end_unfinished(proposal)
         state = state_of(self._study.read())

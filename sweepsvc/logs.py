@@ -19,7 +19,7 @@ from sweepsvc.recorder import MlflowReader
 from sweepsvc.study import StudyReader
 from sweepsvc.urls import masked
 from sweepsvc.view import outcome_text, progress_text, title, with_rule
-from sweepsvc.watch import POLL_SECONDS, SHARE, Patient, ReadStudy, read_again
+from sweepsvc.watch import POLL_SECONDS, SETTLING_POLLS, SHARE, Patient, ReadStudy, read_again
 
 Say = Callable[[str], None]
 
@@ -54,13 +54,14 @@ def logs(prefix: str | None, home: Home, key: str | None, follows: bool, say: Sa
 
 
 def _followed(study: ReadStudy, telling: Telling, record: SweepRecord, key: str) -> SweepRecord:
-    patient = Patient(study, telling.say)
+    patient = Patient(study, telling.say, SETTLING_POLLS * POLL_SECONDS)
     while _trial(record, key).result is None and record.state == "running":
         began = time.monotonic()
         telling.go_on(_trial(record, key))
         spent_seconds = patient.seconds + time.monotonic() - began
         time.sleep(max(POLL_SECONDS, spent_seconds / SHARE))
-        record = as_it_stands(patient.read() or record)
+        latest = patient.read()
+        record = as_it_stands(latest) if latest is not None else record
     return record
 
 

@@ -34,6 +34,8 @@ def command(home: Home, *words: str) -> str:
 
 def _python() -> str:
     """This Python, as one would type it here: `.venv/bin/python`."""
-    with contextlib.suppress(ValueError):
-        return str(Path(sys.executable).relative_to(Path.cwd()))
+    with contextlib.suppress(ValueError, OSError):  # not below the working folder, or that is gone
+        short = Path(sys.executable).relative_to(Path.cwd())
+        if Path.cwd() != Path("/"):  # where everything is below, and nobody types
+            return str(short)
     return sys.executable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import fcntl
 import socket
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,13 @@ from sweepsvc.protocols import SweepRecord, TrialRecord
 
 _CLOCK_STEP_SECONDS = 300
 
+HEARTBEAT_SECONDS = 5.0
+"""How often a driver says in the study that it lives."""
+
+SILENCE_SECONDS = 120.0
+"""After so long without a heartbeat a driver on another host is taken for dead: clocks may differ a little,
+and a database may be away for a moment."""
+
 
 def this_process() -> str:
     """This process, so that another can tell whether it still lives: `host:pid:start`."""
@@ -23,13 +31,16 @@ def this_process() -> str:
     return f"{socket.gethostname()}:{process.pid}:{process.create_time():.0f}"
 
 
-def lives(owner: str) -> bool:
-    """Whether the process that drove a sweep runs still; one on another host counts as alive."""
+def lives(owner: str, heartbeat: str = "") -> bool:
+    """Whether the process that drove a sweep runs still.
+
+    One on another host is judged by its last `heartbeat`, and counts as alive if it never gave one.
+    """
     if owner.count(":") < 2:
         return False
     host, pid, start = owner.rsplit(":", 2)  # host names have no colon
     if host != socket.gethostname():
-        return True
+        return silence_seconds(heartbeat) < SILENCE_SECONDS
     try:
         process = psutil.Process(int(pid))
         # Not to the second: the system's clock may have been set since, and a process's start moves with it.
@@ -39,14 +50,23 @@ def lives(owner: str) -> bool:
         return False
 
 
-def is_driven(state: str, owner: str) -> bool:
+def silence_seconds(heartbeat: str) -> float:
+    """How long ago that was; 0 for none, or one that cannot be read."""
+    try:
+        beat = datetime.datetime.fromisoformat(heartbeat)
+    except ValueError:
+        return 0.0
+    return (datetime.datetime.now(datetime.UTC) - beat).total_seconds()
+
+
+def is_driven(state: str, owner: str, heartbeat: str = "") -> bool:
     """Whether a sweep in that state runs; a driver that was killed has left "running" behind."""
-    return state == "running" and lives(owner)
+    return state == "running" and lives(owner, heartbeat)
 
 
 def as_it_stands(record: SweepRecord) -> SweepRecord:
     """A sweep whose driver is gone is interrupted, and so is what ran, whatever the driver last wrote."""
-    if is_driven(record.state, record.owner):
+    if is_driven(record.state, record.owner, record.heartbeat):
         return record
 
     def stopped(trials: Sequence[TrialRecord]) -> list[TrialRecord]:
@@ -74,7 +94,8 @@ def owning(folder: SweepFolder) -> Iterator[None]:
     """Be the sweep's one driver inside the block; `CannotStart` names the one that is.
 
     The lock is the kernel's, on `<sweep-id>/owner`: it goes with the process, however that ends. A stop that
-    was asked of an earlier driver is forgotten.
+    was asked of an earlier driver is forgotten. On a folder that several hosts share it is as good as their
+    locks are, and the study refuses the writes of a driver that lost the sweep to another.
     """
     try:
         file = folder.owner.open("a+", encoding="utf-8")

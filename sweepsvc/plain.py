@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 import random
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from sweeps.errors import failure_class
 from sweeps.result import Failure, Progress, TrialResult
@@ -17,7 +18,7 @@ from sweeps.spec import TrialSpec
 from sweeps.sweep import Sweep
 from sweeps.trial.paths import TrialFolder
 from sweepsvc.proposing import Proposer, baseline_proposals
-from sweepsvc.protocols import Conductor, Later, Proposal, Report, SweepRecord, SweepState
+from sweepsvc.protocols import Conductor, Later, Node, Proposal, Report, SweepRecord, SweepState
 from sweepsvc.records import (
     another_attempt,
     proposal_entry,
@@ -27,6 +28,8 @@ from sweepsvc.records import (
     with_run,
     with_setback,
 )
+
+T = TypeVar("T")
 
 # --- study ------------------------------------------------------------------------------------------
 
@@ -89,6 +92,9 @@ class PlainStudy:
         if key not in self._entries:
             raise ValueError(f"only what this study proposed can be started or told, got {key}; ask first")
         return self._entries[key]
+
+    def heartbeat(self) -> bool:
+        return False  # in one process, nobody else can see or ask
 
     def close(self, state: SweepState) -> None:
         self._state = state
@@ -210,6 +216,12 @@ class SerialScheduler:
     def check(self) -> None:
         """This process is always there."""
 
+    def nodes(self) -> Sequence[Node]:
+        return [Node("this", socket.gethostname(), is_here=True)]
+
+    def on_each_node(self, work: Callable[..., T], *arguments: object) -> Mapping[Node, T]:
+        return {node: work(*arguments) for node in self.nodes()}
+
     def run(self, conductor: Conductor) -> None:
         while (proposal := conductor.next()) is not None:
             if isinstance(proposal, Later):
@@ -228,4 +240,5 @@ class SerialScheduler:
             failure = Failure(kind=failure_class(error), message=str(error))
             otherwise = TrialResult(outcome="failed", failure=failure)
         finally:  # also where the person stops it
+            conductor.fetch(proposal)
             conductor.ended(proposal, TrialFolder(folder).read_result() or otherwise)

@@ -56,7 +56,8 @@ class TrialRecord:
 class SweepRecord:
     """What the study knows of one sweep.
 
-    `ended`: there is nothing left to propose. `owner` is the process that drives it, or drove it last.
+    `ended`: there is nothing left to propose. `owner` is the process that drives it, or drove it last;
+    `heartbeat` is when it last said that it lives, UTC, ISO 8601, "" if it never did.
     """
 
     sweep_id: str
@@ -68,6 +69,7 @@ class SweepRecord:
     facts: Mapping[str, str]
     ended: bool = False
     owner: str = ""
+    heartbeat: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,12 @@ class Study(Protocol):
 
     def reopen(self, proposal: Proposal) -> None:
         """`proposal`, which was told failed or interrupted, runs again: its result so far is none."""
+
+    def heartbeat(self) -> bool:
+        """Say that the driver lives; whether somebody has asked it to stop.
+
+        Where another driver has taken the sweep over, this and every later write raises `TakenOver`.
+        """
 
     def close(self, state: SweepState) -> None:
         """The driver is done with the sweep."""
@@ -267,6 +275,15 @@ class Tracking(Protocol):
         """Close the parent run once everything is delivered, or leave the rest in the outbox and say so."""
 
 
+@dataclass(frozen=True)
+class Node:
+    """A machine that can hold a trial: its id among the scheduler's, its host name, whether it is ours."""
+
+    id: str
+    name: str
+    is_here: bool
+
+
 class Later:
     """Nothing to place just now; ask again in a moment."""
 
@@ -276,6 +293,9 @@ class Conductor(Protocol):
 
     def next(self) -> Proposal | Later | None:
         """The next proposal to place, None when there is none left; asked again and again."""
+
+    def waiting(self) -> None:
+        """Every worker is busy; said again and again."""
 
     def started(self, proposal: Proposal) -> None:
         """The proposal is on a worker."""
@@ -288,6 +308,9 @@ class Conductor(Protocol):
 
     def folder(self, proposal: Proposal) -> Path:
         """Where the worker leaves its files."""
+
+    def fetch(self, proposal: Proposal) -> None:
+        """Bring what the worker has left into that folder, should it have worked in another one."""
 
 
 class Scheduler(Protocol):

@@ -9,8 +9,8 @@ from sweeps.errors import CannotStart, FailureClass
 from sweeps.result import TrialResult
 from sweeps.spec import TrialSpec
 from sweeps.trial.paths import TrialFolder
-from sweepsvc.home import SweepFolder
 from sweepsvc.protocols import Proposal, Study, SweepRecord, Tracking, TrialRecord
+from sweepsvc.stored import TrialFiles
 
 FOR_GOOD: tuple[FailureClass, ...] = ("diverged", "out_of_memory")
 """Failures that belong to the trial's own settings: it would fail again, so only a person can have it run."""
@@ -109,7 +109,11 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def reconcile(
-    study: Study, folder: SweepFolder, tracking: Tracking, selection: Selection, open_runs: Mapping[str, str]
+    study: Study,
+    files: TrialFiles,
+    tracking: Tracking,
+    selection: Selection,
+    open_runs: Mapping[str, str],
 ) -> Findings:
     """Bring the study, the result files and the tracker into agreement; what is to run then.
 
@@ -120,7 +124,7 @@ def reconcile(
     found = Findings()
     study.baselines()
     for trial in _everything(study.read()):
-        _settle(trial, study, folder, tracking, selection, found)
+        _settle(trial, study, files, tracking, selection, found)
     unclosed = {*open_runs, *tracking.unended()}
     for trial in _everything(study.read()) if unclosed else ():
         key = trial.proposal.key
@@ -139,15 +143,15 @@ def _everything(record: SweepRecord) -> list[TrialRecord]:
 def _settle(
     trial: TrialRecord,
     study: Study,
-    folder: SweepFolder,
+    files: TrialFiles,
     tracking: Tracking,
     selection: Selection,
     found: Findings,
 ) -> None:
-    proposal, files = trial.proposal, TrialFolder(folder.trial(trial.proposal))
+    proposal = trial.proposal
     was_running = trial.state == "running"
     if was_running:
-        result = _last_word(files, proposal.spec, found)
+        result = _last_word(files.fetch(proposal), proposal.spec, found)
         if result is not None:
             study.tell(proposal, result)
             tracking.end(proposal, result)
@@ -161,7 +165,7 @@ def _settle(
             found.to_reopen.add(proposal.key)
         if trial.state == "waiting":
             found.to_start.append(proposal.key)
-        step = 0 if selection.from_scratch else files.last_checkpoint_step()
+        step = 0 if selection.from_scratch else files.last_step(proposal)
         found.steps[proposal.key] = step
         if was_running and not step and trial.state == "running":
             found.lost.append(proposal.key)

@@ -6,18 +6,17 @@ and a Trainable that runs one trial after another on the base that its actor kee
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-import importlib
+import dataclasses
 import logging
 import math
 import os
 import signal
 import time
-import traceback
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
 import ray
 from ray import tune
@@ -28,16 +27,19 @@ from ray.tune.experiment import Trial
 from ray.tune.progress_reporter import TrialProgressCallback
 from ray.tune.schedulers import FIFOScheduler
 from ray.tune.search import Searcher
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from sweeps.errors import CannotContinue, CannotStart, Interrupted, TrialError, failure_class
+import sweeps
+import sweepsvc
+from sweeps.errors import CannotContinue, CannotStart
 from sweeps.result import Failure, Progress, TrialResult
 from sweeps.signals import handled
-from sweeps.spec import TrialSpec
 from sweeps.sweep import CHECKPOINT_MINUTES, Resources
-from sweeps.trial.causes import disk_full
-from sweeps.trial.keeping import Keeping
-from sweeps.trial.paths import TrialFolder
-from sweepsvc.protocols import Conductor, Later, Proposal
+from sweepsvc.placed import Placed
+from sweepsvc.protocols import Conductor, Later, Node
+from sweepsvc.worker import Kept, Worker
+
+T = TypeVar("T")
 
 REAL_TRIALS = "sweeps.trial.run:TrialRunner"
 
@@ -56,51 +58,62 @@ _ENVIRONMENT = {
 }
 
 
+NODES_SECONDS = 5.0
+"""How long what is known of the cluster's nodes is taken for true."""
+
+ANSWER_SECONDS = 120.0
+"""How long a node may take to run a check, the start of a process included."""
+
+MOST_PENDING = 1024
+"""Trials that Tune may have waiting for a worker: more than are ever placed at once."""
+
+_JOB_STOP_SECONDS = "120"
+"""How long `ray job stop` gives a driver to have its trials write their checkpoints."""
+
 _MUTED = ("ray.tune.tune", "ray.tune.execution.experiment_state")
 """Loggers of Tune: which trials failed, we say; that its snapshots find no room, nobody needs to know."""
 
 
-class Runner(Protocol):
-    """What an actor keeps from trial to trial."""
-
-    def __call__(
-        self, spec: TrialSpec, folder: Path, keeping: Keeping
-    ) -> Generator[Progress, None, None]: ...
+_NOTHING_KEPT = Kept()
 
 
 class RayScheduler:
     """Runs one trial per GPU (or per set of CPUs), each in an actor that keeps its base model.
 
-    Trials write a checkpoint every `checkpoint_minutes`, and end as interrupted once the file `stop` is
-    there.
-    `runner` names, as `module:name`, the class that an actor makes once and calls for every trial.
+    Ray is started here, or joined at `address` (`auto`, or the head's `host:port`), else at `RAY_ADDRESS`.
+    `tune` is a folder for Tune's own files. Trials write a checkpoint every `checkpoint_minutes`, and end as
+    interrupted once the file `stop` is there. `runner` names, as `module:name`, the class that an actor makes
+    once and calls for every trial.
     """
 
     def __init__(
         self,
         resources: Resources,
-        storage: Path,
-        stop: Path | None = None,
+        tune: Path,
+        kept: Kept = _NOTHING_KEPT,
         checkpoint_minutes: float = CHECKPOINT_MINUTES,
         runner: str = REAL_TRIALS,
         address: str | None = None,
     ) -> None:
         self._resources = resources
-        self._storage = storage
-        self._stop = stop
+        self._tune = tune
+        self._kept = kept
         self._checkpoint_minutes = checkpoint_minutes
         self._runner = runner
-        self._address = address
+        self._address = address or os.environ.get("RAY_ADDRESS") or "local"
+        self._seen_room = (-math.inf, 0)
 
     def __enter__(self) -> RayScheduler:
         os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
-        address = self._address or os.environ.get("RAY_ADDRESS") or "local"
-        local = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"} if address == "local" else {}
+        options: dict[str, Any] = {"include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+        if self._address != "local":
+            options = {} if _is_a_job() else {"runtime_env": shipped()}
         try:
-            ray.init(address, log_to_driver=False, logging_level=logging.ERROR, **local)
+            ray.init(self._address, log_to_driver=False, logging_level=logging.ERROR, **options)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise CannotStart(
-                f"Ray must start or be reachable, got {address}: {error}; check RAY_ADDRESS"
+                f"Ray must start or be reachable, got {self._address}: {error}; check --address or "
+                "RAY_ADDRESS"
             ) from error
         for name in _MUTED:
             logging.getLogger(name).setLevel(logging.CRITICAL)
@@ -113,35 +126,60 @@ class RayScheduler:
         """Raise `CannotStart` if no node can ever hold one trial."""
         self._slots()
 
+    def nodes(self) -> Sequence[Node]:
+        """The machines that can hold a trial, and whether each is this one."""
+        bundle, here = self._bundle(), ray.get_runtime_context().get_node_id()
+        return [
+            Node(node["NodeID"], node["NodeManagerHostname"], node["NodeID"] == here)
+            for node in _alive()
+            if _fits(bundle, node["Resources"])
+        ]
+
+    def on_each_node(self, work: Callable[..., T], *arguments: object) -> Mapping[Node, T]:
+        """What `work`, a function of a module of ours, gives on each machine that can hold a trial.
+
+        Raises `CannotStart` where a machine does not answer in `ANSWER_SECONDS`, or `work` raises there.
+        """
+        remote = ray.remote(num_cpus=0, max_retries=0)(work)
+        asked = {
+            node: remote.options(
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)
+            ).remote(*arguments)
+            for node in self.nodes()
+        }
+        return {node: _answer(node, answer) for node, answer in asked.items()}
+
     def run(self, conductor: Conductor) -> None:
         """Run until the conductor has nothing left and every placed proposal has ended.
 
         Cut off by an exception, such as a `KeyboardInterrupt`, it ends what is running as interrupted.
         Raises `CannotContinue` where Ray fails before that.
         """
-        slots = self._slots()
-        placed = _Placed(conductor)
+        self._slots()
+        placed = Placed(conductor, self._room)
         forgetting = _Forgetting()
         actor = tune.with_resources(TrialActor, tune.PlacementGroupFactory([self._bundle()]))
         tuner = Tuner(
             actor,
             param_space={
-                "runner": self._runner,
-                "threads": self._threads(),
-                "on_cpu": not self._resources.gpus,
-                "checkpoint_minutes": self._checkpoint_minutes,
-                "stop": str(self._stop) if self._stop else "",
+                "worker": {
+                    "runner": self._runner,
+                    "threads": self._threads(),
+                    "on_cpu": not self._resources.gpus,
+                    "checkpoint_minutes": self._checkpoint_minutes,
+                    "kept": dataclasses.asdict(self._kept),
+                }
             },
             tune_config=TuneConfig(
                 search_alg=_Proposer(placed),
                 scheduler=forgetting,
                 num_samples=-1,
-                max_concurrent_trials=slots,
+                max_concurrent_trials=MOST_PENDING,
                 reuse_actors=True,
             ),
             run_config=RunConfig(
                 name=f"tune-{time.time_ns()}",  # a resumed sweep is a new run of Tune
-                storage_path=str(self._storage),
+                storage_path=str(self._tune),
                 callbacks=[_Listener(placed), _StepEnd(forgetting)],
                 failure_config=FailureConfig(max_failures=0),
                 checkpoint_config=CheckpointConfig(checkpoint_at_end=False),  # a trial keeps its own
@@ -195,7 +233,19 @@ class RayScheduler:
         slots = sum(_fits(bundle, node) for node in _nodes())
         if slots == 0:
             raise CannotStart(self._refusal(bundle))
+        return self._at_most(slots)
+
+    def _at_most(self, slots: int) -> int:
         return min(slots, self._resources.parallel or slots)
+
+    def _room(self) -> int:
+        """How many trials fit just now: machines come and go."""
+        seen, room = self._seen_room
+        if time.monotonic() - seen > NODES_SECONDS:
+            bundle = self._bundle()
+            room = self._at_most(sum(_fits(bundle, node) for node in _nodes()))
+            self._seen_room = (time.monotonic(), room)
+        return room
 
     def _refusal(self, bundle: Mapping[str, float]) -> str:
         gpus = [node.get("GPU", 0) for node in _nodes()]
@@ -212,75 +262,110 @@ class RayScheduler:
         )
 
 
+def _alive() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
 def _nodes() -> list[dict[str, float]]:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return [node["Resources"] for node in _alive()]
+
+
+def _answer(node: Node, answer: Any) -> Any:
+    try:
+        return ray.get(answer, timeout=ANSWER_SECONDS)
+    except RayError as error:
+        reason = str(getattr(error, "cause", None) or error).strip().rpartition("\n")[2]
+        raise CannotStart(
+            f"every machine of the cluster must answer, got {type(error).__name__} from {node.name}: "
+            f"{reason}; take it out of the cluster, or mend it"
+        ) from error
+
+
+def _is_a_job() -> bool:
+    """Whether this process is a job of the cluster, whose own environment has what is shipped."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def shipped() -> dict[str, Any]:
+    """Ray's runtime environment: this very code on every machine, and how Ray itself is to behave.
+
+    No variable of ours goes with it: Ray shows a job's environment to whoever sees its dashboard.
+    """
+    packages = [Path(module.__path__[0]) for module in (sweeps, sweepsvc)]
+    return {
+        "py_modules": [str(package) for package in packages],
+        "env_vars": {**_ENVIRONMENT, "RAY_JOB_STOP_WAIT_TIME_S": _JOB_STOP_SECONDS},
+    }
+
+
+class RayJobs:
+    """Commands that run on a cluster, on its head, and go on when this process ends.
+
+    `address` is the head's dashboard (`http://host:8265`), Ray's own client address (`ray://host:10001`), or
+    `auto` for the cluster that this machine is part of. Raises `CannotStart` where it does not answer.
+    """
+
+    def __init__(self, address: str) -> None:
+        with _reaching_jobs(address):
+            from ray.job_submission import JobSubmissionClient
+
+            self._client = JobSubmissionClient(address)
+        logging.getLogger("ray").setLevel(logging.WARNING)  # it would tell of each package that it uploads
+        self._address = address
+
+    def submit(self, job: str, command: str, folder: Path) -> None:
+        """Start `command` as the job of that name, in a copy of `folder`, with the code of this process."""
+        environment = {**shipped(), "working_dir": str(folder)}
+        with _reaching_jobs(self._address):
+            self._client.submit_job(entrypoint=command, submission_id=job, runtime_env=environment)
+
+    def follow(self, job: str) -> Iterator[str]:
+        """What the job prints, as it does, until it ends."""
+        waiting = self._client.tail_job_logs(job)
+        with asyncio.Runner() as runner, _reaching_jobs(self._address):
+            while True:
+                try:
+                    yield runner.run(anext(waiting))
+                except StopAsyncIteration:
+                    return
+
+    def exit_code(self, job: str) -> int | None:
+        """With what the job's command ended; None while it is to start or runs.
+
+        Raises `CannotStart` where it could not be started, or Ray lost it.
+        """
+        with _reaching_jobs(self._address):
+            details = self._client.get_job_info(job)
+        if not details.status.is_terminal():
+            return None
+        if details.driver_exit_code is None:
+            raise CannotStart(
+                f"the cluster must be able to run the driver, got {str(details.message).strip()}; look at "
+                f"`ray job logs {job}`"
+            )
+        return int(details.driver_exit_code)
+
+
+@contextlib.contextmanager
+def _reaching_jobs(address: str) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, ConnectionError, ValueError, OSError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise CannotStart(
+            f"the cluster's dashboard must answer, got {address}: {reason}; check --address (the head's "
+            "http://HOST:8265 or ray://HOST:10001), and that Ray was installed as ray[default] there and here"
+        ) from error
 
 
 def _fits(bundle: Mapping[str, float], node: Mapping[str, float]) -> int:
     return min(math.floor(node.get(name, 0) / amount) for name, amount in bundle.items())
 
 
-class _Placed:
-    """The proposals that are on Ray, by Ray's own trial ids."""
-
-    def __init__(self, conductor: Conductor) -> None:
-        self.conductor = conductor
-        self._open: dict[str, Proposal] = {}
-        self._has_all = False
-        self.failure: Exception | None = None
-        """What the conductor raised; Tune raises only a text of it."""
-
-    @property
-    def is_done(self) -> bool:
-        """Whether nothing is left to place, and what was placed has ended."""
-        return self._has_all and not self._open
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tuner writes a pickle of itself, for a restore that we never do."""
-        return {}
-
-    def take(self, trial_id: str) -> Proposal | Later | None:
-        with self._noting_failure():
-            proposal = self.conductor.next()
-        if isinstance(proposal, Proposal):
-            self._open[trial_id] = proposal
-        self._has_all = proposal is None
-        return proposal
-
-    def start(self, trial_id: str) -> None:
-        with self._noting_failure():
-            self.conductor.started(self._open[trial_id])
-
-    def report(self, trial_id: str, progress: Progress) -> None:
-        with self._noting_failure():
-            self.conductor.reported(self._open[trial_id], progress)
-
-    def end(self, trial_id: str, otherwise: TrialResult) -> None:
-        """Tell the worker's last word, or `otherwise` where it had none."""
-        proposal = self._open.pop(trial_id, None)
-        if proposal is not None:
-            with self._noting_failure():
-                self.conductor.ended(proposal, _last_word(self.conductor.folder(proposal)) or otherwise)
-
-    @contextlib.contextmanager
-    def _noting_failure(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            self.failure = error
-            raise
-
-    def close_open_trials(self) -> None:
-        """End what Ray stopped midway as interrupted."""
-        with contextlib.ExitStack() as each:  # one that cannot be told does not keep the others from it
-            for trial_id in list(self._open):
-                each.callback(self.end, trial_id, TrialResult(outcome="interrupted"))
-
-
 class _Proposer(Searcher):
     """Tune's Searcher over the conductor."""
 
-    def __init__(self, placed: _Placed) -> None:
+    def __init__(self, placed: Placed) -> None:
         super().__init__()
         self._placed = placed
 
@@ -291,7 +376,7 @@ class _Proposer(Searcher):
         if proposal is None:
             return str(Searcher.FINISHED)
         folder = self._placed.conductor.folder(proposal)
-        return {"spec": proposal.spec.model_dump_json(), "folder": str(folder)}
+        return {"trial": {"spec": proposal.spec.model_dump_json(), "folder": str(folder)}}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """Nothing: the listener has told the study."""
@@ -306,7 +391,7 @@ class _Proposer(Searcher):
 class _Listener(Callback):
     """Tune's Callback to the conductor."""
 
-    def __init__(self, placed: _Placed) -> None:
+    def __init__(self, placed: Placed) -> None:
         self._placed = placed
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -399,80 +484,25 @@ class _StepEnd(TrialProgressCallback):
         self._forgetting.forget()
 
 
-def _last_word(folder: Path) -> TrialResult | None:
-    with contextlib.suppress(OSError, ValueError):  # a file that cannot be read says nothing
-        return TrialFolder(folder).read_result()
-    return None
-
-
 def _ray_error(trial: Trial) -> str:
     with contextlib.suppress(OSError, TypeError):
         return Path(trial.error_file).read_text(encoding="utf-8", errors="replace")
     return ""
 
 
-class _TrialFailed(TrialError):
-    """Ends a Ray trial, so that Tune throws the actor away: after an error nothing in it is trusted."""
-
-
 class TrialActor(Trainable):
-    """One worker process: keeps its runner, and with it the base model, from trial to trial."""
+    """One worker process: a `Worker` in Tune's terms."""
 
     def setup(self, config: dict[str, Any]) -> None:
-        if config["on_cpu"]:  # Ray leaves the GPUs visible to an actor that asked for none
-            os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        if config["threads"]:
-            import torch
-
-            torch.set_num_threads(config["threads"])
-        self._runner = _named(config["runner"])()
-        self._preempted = False
-        signal.signal(signal.SIGTERM, self._hear)  # from whoever takes the node: a notice, then a SIGKILL
-        self._begin(config)
-
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._preempted = True
-
-    def _keeping(self, config: dict[str, Any]) -> Keeping:
-        stop = Path(config["stop"]) if config["stop"] else None
-        return Keeping(config["checkpoint_minutes"], lambda: self._preempted or bool(stop and stop.exists()))
+        self._worker = Worker(**config["worker"])
+        self._worker.begin(config["trial"])
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        self._trial.close()
-        self._preempted = False  # the notice was for the trial before; what comes goes on until it is taken
-        self._begin(new_config)
+        self._worker.begin(new_config["trial"])
         return True
 
-    def _begin(self, config: dict[str, Any]) -> None:
-        self._folder = Path(config["folder"])
-        spec = TrialSpec.model_validate_json(config["spec"])
-        self._trial = self._runner(spec, self._folder, self._keeping(config))
-
     def step(self) -> dict[str, Any]:
-        """One report; the last carries the result, after everything the trial had to do."""
-        try:
-            progress = next(self._trial, None)
-        except (Interrupted, TrialError, OSError) as error:
-            return self._without_a_file(error)
-        except Exception as error:  # a runner writes its failures itself, unless it is broken
-            TrialFolder(self._folder).write_result(_failed(error))
-            raise
-        if progress is not None:
-            return {"progress": progress.model_dump_json()}
-        result = TrialFolder(self._folder).read_result()
-        assert result is not None
-        if result.outcome == "failed":
-            raise _TrialFailed(result.failure.message if result.failure else "")
-        return {"result": result.model_dump_json(), "done": True}
-
-    def _without_a_file(self, error: Exception) -> dict[str, Any]:
-        """The end of a trial that could not write it: no space is left, or another process has the folder."""
-        if isinstance(error, Interrupted):
-            return {"result": TrialResult(outcome="interrupted").model_dump_json(), "done": True}
-        full = disk_full(error, self._folder)
-        if full is None:
-            raise error
-        return {"result": _failed(full).model_dump_json(), "done": True}
+        return self._worker.step()
 
     def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
         return {}  # the trial keeps its own
@@ -481,17 +511,4 @@ class TrialActor(Trainable):
         """Nothing: the trial finds its own."""
 
     def cleanup(self) -> None:
-        self._trial.close()
-
-
-def _failed(error: Exception) -> TrialResult:
-    kind = failure_class(error)
-    message = f"{type(error).__name__}: {error}" if kind == "bug" else str(error)
-    failure = Failure(kind=kind, message=message, traceback=traceback.format_exc())
-    return TrialResult(outcome="failed", failure=failure)
-
-
-def _named(path: str) -> Callable[[], Any]:
-    module, name = path.split(":")
-    factory: Callable[[], Any] = getattr(importlib.import_module(module), name)
-    return factory
+        self._worker.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import shutil
 import signal
 import time
@@ -17,7 +18,7 @@ from sweeps.signals import Interrupting, handled
 from sweeps.sweep import Sweep
 from sweeps.trial.paths import write_whole
 from sweeps.trial.warming import warming
-from sweepsvc import owner
+from sweepsvc import cluster, owner
 from sweepsvc.facts import gather
 from sweepsvc.home import Home, SweepFolder
 from sweepsvc.launch import SweepRun, all_or_nothing, drive, prepare, state_of
@@ -29,9 +30,13 @@ from sweepsvc.recorder import MlflowRecorder
 from sweepsvc.rehearse import NOT_SEEN, RehearsalHome, RehearsalView, judge, set_stage, verdict
 from sweepsvc.resume import Selection, reconcile
 from sweepsvc.scheduler import RayScheduler
+from sweepsvc.stored import TrialFiles
 from sweepsvc.study import (
+    Driving,
     Launched,
+    ask_to_stop,
     forget_unlaunched,
+    load_driving,
     load_launched,
     load_record,
     open_study,
@@ -39,8 +44,17 @@ from sweepsvc.study import (
 )
 from sweepsvc.sync import synchronise
 from sweepsvc.view import LineView, LiveView, View, results, terminal
+from sweepsvc.worker import Kept
 
 _POLL_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The Ray cluster that a driver joins, or Ray on this machine; and what it says once it has begun."""
+
+    address: str | None = None
+    begun: str = ""
 
 
 @dataclass(frozen=True)
@@ -51,16 +65,18 @@ class Asked:
     add_trials: int = 0
     as_launched: bool = False
     take_over: bool = False
+    cluster: Joined = Joined()
 
 
 # --- the commands -----------------------------------------------------------------------------------
 
 
-def launch(sweep: Sweep, home: Home, sweep_id: str) -> SweepRecord:
+def launch(sweep: Sweep, home: Home, sweep_id: str, joined: Joined = Joined()) -> SweepRecord:
     """Run a sweep from its start; how it stands at the end."""
     console = terminal()
     view = _view(console, sweep)
-    return _launched(sweep, home, sweep_id, console, view, lambda record: _shown(console, home, record))
+    shown = functools.partial(_shown, console, home)
+    return _launched(sweep, home, sweep_id, console, view, shown, joined)
 
 
 def rehearse(sweep: Sweep, home: Home, sweep_id: str) -> SweepRecord:
@@ -106,6 +122,7 @@ def _launched(
     console: Console,
     viewing: contextlib.AbstractContextManager[View],
     then: Callable[[SweepRecord], SweepRecord],
+    joined: Joined = Joined(),
 ) -> SweepRecord:
     """How a new sweep stands at its end; `then` has it before the scheduler and the signals are let go."""
     with contextlib.ExitStack() as stack:
@@ -113,10 +130,11 @@ def _launched(
         signals = Interrupting()
         stack.enter_context(handled(signals, signal.SIGINT, signal.SIGTERM))
         _say(console, f"sweep {sweep_id} in {home.path}")
-        stack.enter_context(_tokenising(sweep))  # while Ray, the stores, the actors and the base start
-        facts = gather(Path(sweep.source))
-        scheduler = stack.enter_context(_scheduler(sweep, home.sweep(sweep_id)))
-        scheduler.check()
+        if joined.address is None:
+            stack.enter_context(_tokenising(sweep))  # while Ray, the stores, the actors and the base start
+        facts = {**gather(Path(sweep.source)), **({"storage": home.storage} if home.storage else {})}
+        scheduler = stack.enter_context(_scheduler(sweep, home.sweep(sweep_id), joined))
+        _check(sweep, scheduler, home, console)
         _clear_away(home.sweep(sweep_id), home)
         folder = prepare(sweep, home, sweep_id)
         with all_or_nothing(folder) as undo:
@@ -128,6 +146,7 @@ def _launched(
             baselines = study.baselines()
         with viewing as view, _saying_how_to_go_on(console, home, sweep_id):
             run = SweepRun(study, Outbox(recorder, folder), folder, view, sweep.faults, baselines)
+            _say_begun(joined, console)
             record = _driven(run, scheduler, signals)
         return then(record)
 
@@ -137,6 +156,7 @@ def resume(prefix: str, home: Home, asked: Asked) -> SweepRecord:
     console = terminal()
     home.check()
     launched = load_launched(prefix, home.study_url)
+    home = home.storing(launched.storage)
     sweep_id, folder = launched.sweep_id, home.sweep(launched.sweep_id)
     with contextlib.ExitStack() as stack:
         # Also before the first trial and after the last one, where no trial has to be waited for.
@@ -158,7 +178,9 @@ def resume(prefix: str, home: Home, asked: Asked) -> SweepRecord:
         recorder = MlflowRecorder(sweep, sweep_id, home.tracking_uri, home.artifacts, facts)
         open_runs = _open_runs(recorder, console)
         tracking = Outbox(recorder, folder, _known_runs(before))
-        found = reconcile(study, folder, tracking, asked.selection, open_runs)
+        files = TrialFiles(folder)
+        files.forget_stop()
+        found = reconcile(study, files, tracking, asked.selection, open_runs)
         asks = asked.selection.is_everything or asked.add_trials > 0
         asks = asks and not study.has_ended
         for line in (*found.lines(asks), *study.repairs):
@@ -170,8 +192,9 @@ def resume(prefix: str, home: Home, asked: Asked) -> SweepRecord:
         with _view(console, sweep) as view, _saying_how_to_go_on(console, home, sweep_id):
             run = SweepRun(study, tracking, folder, view, sweep.faults, queue, asks, told, forgotten)
             if queue or asks:
-                scheduler = stack.enter_context(_scheduler(sweep, folder))
-                scheduler.check()
+                scheduler = stack.enter_context(_scheduler(sweep, folder, asked.cluster))
+                _check(sweep, scheduler, home, console)
+                _say_begun(asked.cluster, console)
                 record = _driven(run, scheduler, signals)
             else:
                 record = run.close()
@@ -179,33 +202,32 @@ def resume(prefix: str, home: Home, asked: Asked) -> SweepRecord:
 
 
 def stop(prefix: str | None, home: Home, waits: bool = True) -> None:
-    """Ask the driver of a sweep to stop, as one Ctrl-C would, and wait until it has."""
+    """Ask the driver of a sweep to stop, as one Ctrl-C would, and wait until it has.
+
+    The word is left in the study, so the driver may be on any machine.
+    """
     console = terminal()
     home.check()
-    record = load_record(prefix, home.study_url)
-    folder = home.sweep(record.sweep_id)
-    if not owner.is_driven(record.state, record.owner):
-        state = owner.as_it_stands(record).state
-        raise CannotStart(f"only a sweep that runs can be stopped, and {record.sweep_id} is {state}")
-    try:
-        folder.stop.touch()
-    except OSError as error:
-        raise CannotStart(
-            f"a stop is asked for by a file in the sweep's folder, got {folder.path}: {error.strerror}; "
-            f"check --home, or send SIGTERM to {owner.named(record.owner)}"
-        ) from error
-    _say(console, f"asked {owner.named(record.owner)} to stop: the running trials write a checkpoint and end")
+    driving = load_driving(prefix, home.study_url)
+    sweep_id = driving.sweep_id
+    if not _is_driven(driving):
+        state = owner.as_it_stands(load_record(sweep_id, home.study_url)).state
+        raise CannotStart(f"only a sweep that runs can be stopped, and {sweep_id} is {state}")
+    ask_to_stop(driving, home.study_url)
+    with contextlib.suppress(OSError):  # where its folder is here: at once, and not with the next heartbeat
+        home.sweep(sweep_id).stop.touch()
+    _say(
+        console, f"asked {owner.named(driving.owner)} to stop: the running trials write a checkpoint and end"
+    )
     if waits:
-        # Without its trials, which may be thousands.
-        while owner.is_driven(*_state_and_driver(record.sweep_id, home)):
+        while _is_driven(load_driving(sweep_id, home.study_url)):
             time.sleep(_POLL_SECONDS)
-        record = load_record(record.sweep_id, home.study_url)
+        record = load_record(sweep_id, home.study_url)
         _say(console, next_steps(home, replace(record, state=state_of(record))))
 
 
-def _state_and_driver(sweep_id: str, home: Home) -> tuple[str, str]:
-    launched = load_launched(sweep_id, home.study_url)
-    return launched.state, launched.owner
+def _is_driven(driving: Driving) -> bool:
+    return owner.is_driven(driving.state, driving.owner, driving.heartbeat)
 
 
 def sync(prefix: str | None, home: Home) -> None:
@@ -213,9 +235,12 @@ def sync(prefix: str | None, home: Home) -> None:
     console = terminal()
     home.check()
     launched = load_launched(prefix, home.study_url)
-    sweep, folder = launched.sweep, home.sweep(launched.sweep_id)
+    sweep, folder = launched.sweep, home.storing(launched.storage).sweep(launched.sweep_id)
     with _owning(launched, folder, take_over=False):
         record = load_record(launched.sweep_id, home.study_url)
+        files = TrialFiles(folder)
+        for trial in (*record.baselines, *record.trials) if folder.storage else ():
+            files.fetch(trial.proposal)
         facts = {**record.facts, "owner": owner.this_process()}
         recorder = MlflowRecorder(sweep, launched.sweep_id, home.tracking_uri, home.artifacts, facts)
         synced = synchronise(record, folder, recorder, _known_runs(record))
@@ -260,16 +285,27 @@ def _tokenising(sweep: Sweep) -> contextlib.AbstractContextManager[object]:
     return warming(first)
 
 
-def _scheduler(sweep: Sweep, folder: SweepFolder) -> RayScheduler:
-    return RayScheduler(sweep.resources, folder.ray, folder.stop, sweep.faults.checkpoint_minutes)
+def _scheduler(sweep: Sweep, folder: SweepFolder, joined: Joined) -> RayScheduler:
+    minutes = sweep.faults.checkpoint_minutes
+    kept = Kept(folder.path.name, str(folder.stop), folder.storage)
+    return RayScheduler(sweep.resources, folder.ray, kept, minutes, address=joined.address)
+
+
+def _check(sweep: Sweep, scheduler: RayScheduler, home: Home, console: Console) -> None:
+    """Raise `CannotStart` where the machines cannot run the sweep's trials."""
+    scheduler.check()
+    for note in cluster.check(sweep, scheduler, home):
+        _say(console, note)
 
 
 @contextlib.contextmanager
 def _owning(launched: Launched, folder: SweepFolder, take_over: bool) -> Iterator[None]:
     """Be the one driver of a sweep that had another before."""
-    if launched.state == "running" and owner.is_elsewhere(launched.owner) and not take_over:
+    driving = launched.driving
+    if _is_driven(driving) and owner.is_elsewhere(driving.owner) and not take_over:
         raise CannotStart(
-            f"{owner.busy(launched.sweep_id, launched.owner)}; if that host is gone for good, say --take-over"
+            f"{owner.busy(launched.sweep_id, driving.owner)}; if that host is gone for good, say "
+            f"--take-over, or wait until nothing was heard of it for {owner.SILENCE_SECONDS:g} s"
         )
     folder.path.mkdir(parents=True, exist_ok=True)
     with owner.owning(folder):
@@ -328,6 +364,11 @@ def _shown(console: Console, home: Home, record: SweepRecord) -> SweepRecord:
     console.print(results(record, console), markup=False, highlight=False)
     _say(console, next_steps(home, record))
     return record
+
+
+def _say_begun(joined: Joined, console: Console) -> None:
+    if joined.begun:
+        _say(console, joined.begun)
 
 
 def _say(console: Console, text: str) -> None:

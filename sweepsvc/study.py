@@ -16,6 +16,10 @@ What a `kill -9` leaves. Each attribute appears whole, and only the driver write
     tell   `result`, then Optuna's state and value              `result` stands, the rest is repeated from it
     reopen a new row with `proposal` and `started`, in one write
 
+Two attributes of the study are no part of that: `heartbeat`, when the driver last said that it lives, and
+`stop_asked`, which others write: the driver that is asked to stop. A driver that finds another one's name in
+`owner` writes nothing any more.
+
 `reopen_study` finishes each half-written step from what is there.
 """
 
@@ -43,12 +47,13 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from pydantic import ValidationError
 from sqlalchemy.exc import SQLAlchemyError
 
-from sweeps.errors import CannotContinue, CannotStart, UnknownSweep
+from sweeps.errors import CannotContinue, CannotStart, TakenOver, UnknownSweep
 from sweeps.result import TrialResult
 from sweeps.space import Choices, Domain, Picks
 from sweeps.sweep import Sweep
 from sweeps.sweepfile import load_sweep_text
 from sweepsvc.home import FORMAT
+from sweepsvc.owner import named
 from sweepsvc.proposing import Asked, Proposer, Source, baseline_proposals
 from sweepsvc.protocols import Importance, Proposal, SweepRecord, SweepState, SweepSummary, TrialRecord
 from sweepsvc.records import (
@@ -73,6 +78,7 @@ BUSY_SECONDS = 60
 """How long one writer waits for another on the same SQLite file."""
 
 _BASELINE = "baseline:"
+_STOP_ASKED = "stop_asked"
 _RUN = "run:"
 """Before the key of a trial whose run became known when the trial had ended."""
 
@@ -128,8 +134,18 @@ class Launched:
     sweep_id: str
     sweep: Sweep
     added_trials: int
+    driving: Driving
+    storage: str
+
+
+@dataclass(frozen=True)
+class Driving:
+    """How a sweep stands by its driver's words: its state, its last driver, and when that last spoke."""
+
+    sweep_id: str
     state: SweepState
     owner: str
+    heartbeat: str
 
 
 def load_launched(sweep_id: str | None, url: str) -> Launched:
@@ -147,7 +163,33 @@ def load_launched(sweep_id: str | None, url: str) -> Launched:
             attributes["base_dir"],
         )
         added = attributes.get("added_trials", 0)
-        return Launched(study.study_name, sweep, added, attributes["state"], attributes["owner"])
+        storage = attributes["facts"].get("storage", "")
+        return Launched(study.study_name, sweep, added, _driving(study), storage)
+
+
+def load_driving(sweep_id: str | None, url: str) -> Driving:
+    """How the sweep with that id or unique prefix is driven, without its trials, which may be thousands."""
+    with _one(sweep_id, url) as (_, study):
+        return _driving(study)
+
+
+def _driving(study: Any) -> Driving:
+    attributes = study.user_attrs
+    owner = attributes.get("owner", attributes["facts"].get("owner", ""))
+    return Driving(study.study_name, attributes["state"], owner, attributes.get("heartbeat", ""))
+
+
+def ask_to_stop(driving: Driving, url: str) -> None:
+    """Leave word for the sweep's driver that it is to stop; it reads that with its next heartbeat."""
+    storage = _open_database(url, for_writing=True)
+    assert storage is not None
+    try:
+        study_id = storage.get_study_id_from_name(driving.sweep_id)
+        storage.set_study_user_attr(study_id, _STOP_ASKED, driving.owner)
+    except _STORAGE_ERRORS as error:
+        raise _unusable(url, error) from error
+    finally:
+        _release(storage)
 
 
 def reopen_study(
@@ -170,6 +212,8 @@ def reopen_study(
             "added_trials": added_trials,
             "ended": kept.get("ended", False) and same_budget,
             "owner": facts["owner"],
+            "heartbeat": _now(),
+            _STOP_ASKED: "",
             "state": "running",
         }.items():
             if kept.get(key) != value:
@@ -227,7 +271,7 @@ def _create_database(url: str) -> BaseStorage:
     file = sqlite_file(url)
     try:
         if file is None:
-            return RDBStorage(url)
+            return RDBStorage(url, engine_kwargs=_server_options())
         file.parent.mkdir(parents=True, exist_ok=True)
         return RDBStorage(url, engine_kwargs={"connect_args": _quick_connection()})
     except Exception as error:  # SQLAlchemy's, a driver's, the file system's: each of them means the same
@@ -238,13 +282,18 @@ def _quick_connection() -> dict[str, Any]:
     return {"timeout": BUSY_SECONDS, "factory": _QuickConnection}
 
 
+def _server_options() -> dict[str, Any]:
+    """A connection that a server has dropped, as when it restarts, is noticed before it is used."""
+    return {"pool_pre_ping": True}
+
+
 def _open_database(url: str, for_writing: bool = False) -> BaseStorage | None:
     """A database that is there: it is not made, None if it is an SQLite file that does not exist."""
     file = sqlite_file(url)
     if file is not None and not file.exists():
         return None
     connection = _quick_connection() if for_writing else {"timeout": BUSY_SECONDS}
-    options = {"connect_args": connection} if file is not None else {}
+    options = {"connect_args": connection} if file is not None else _server_options()
     try:
         return RDBStorage(url, engine_kwargs=options, skip_table_creation=True)
     except Exception as error:
@@ -293,9 +342,14 @@ def _attributes(sweep: Sweep, facts: Mapping[str, str]) -> dict[str, Any]:
         "objective": {"metric": sweep.objective.metric, "maximize": sweep.objective.maximize},
         "facts": dict(facts),
         "owner": facts.get("owner", ""),
+        "heartbeat": _now(),
         "state": "running",
-        "launched": datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds"),
+        "launched": _now(),
     }
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
 
 
 # --- sampling ---------------------------------------------------------------------------------------
@@ -443,6 +497,8 @@ class OptunaStudy:
         self._study = study
         self._storage = storage
         self._study_id = storage.get_study_id_from_name(study.study_name)
+        self._owner = study.user_attrs["owner"]
+        self._lost: TakenOver | None = None
         self._distributions = {path: _distribution(domain) for path, domain in sweep.search.space.items()}
         # A grid is listed and `random` learns nothing: neither needs Optuna to look at earlier trials.
         self._learns = sweep.search.sampler not in ("grid", "random")
@@ -474,7 +530,7 @@ class OptunaStudy:
         return proposals
 
     def ask(self) -> Proposal | None:
-        with _writing():
+        with self._writing():
             asked = self._proposer.next()
             if asked is None:
                 self._note_the_end()
@@ -521,7 +577,7 @@ class OptunaStudy:
         if "result" not in entry:
             self._write(key, "started", known)
             return
-        with _writing():  # Optuna changes nothing of a trial that has ended
+        with self._writing():  # Optuna changes nothing of a trial that has ended
             self._study.set_user_attr(_RUN + key, mlflow_run_id)
 
     def setback(self, proposal: Proposal, why: str) -> None:
@@ -549,7 +605,7 @@ class OptunaStudy:
         if value is not None:
             state = TrialState.COMPLETE
         trial_id = self._rows[key].trial_id
-        with _writing():
+        with self._writing():
             if self._learns:
                 number = self._storage.get_trial_number_from_id(trial_id)
                 self._study.tell(number, value, state=state)
@@ -562,7 +618,7 @@ class OptunaStudy:
             return
         self._entry(proposal.key)
         row = self._rows[proposal.key]
-        with _writing():
+        with self._writing():
             again = dict(reopened(self._storage.get_trial(row.trial_id).user_attrs))
             self._rows[proposal.key] = _Row(self._add_row(row.picks, again), row.picks, again)
 
@@ -578,13 +634,13 @@ class OptunaStudy:
             self._write_baseline(key, {**self._baselines[key], name: value})
             return
         row = self._rows[key]
-        with _writing():
+        with self._writing():
             self._storage.set_trial_user_attr(row.trial_id, name, value)
         row.entry[name] = value
 
     def _write_baseline(self, key: str, entry: Mapping[str, Any]) -> None:
         """All of a baseline is one attribute, so it is one write."""
-        with _writing():
+        with self._writing():
             self._study.set_user_attr(_BASELINE + key, entry)
         self._baselines[key] = dict(entry)
 
@@ -605,13 +661,38 @@ class OptunaStudy:
             repairs.append(f"{len(kept.nobodys)} rows of the study that stand for no trial were closed")
         return repairs
 
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """Nothing is written to a sweep that another driver has."""
+        if self._lost is not None:
+            raise self._lost
+        with _writing():
+            yield
+
+    def heartbeat(self) -> bool:
+        if self._lost is not None:
+            raise self._lost
+        try:
+            attributes = self._storage.get_study_user_attrs(self._study_id)
+            if attributes["owner"] == self._owner:
+                self._study.set_user_attr("heartbeat", _now())
+        except _STORAGE_ERRORS:  # the next word that matters will say so
+            return False
+        if attributes["owner"] != self._owner:
+            self._lost = TakenOver(
+                f"a sweep has one driver, and {named(attributes['owner'])} has taken this one over; what it "
+                "does is in `status`"
+            )
+            raise self._lost
+        return bool(attributes.get(_STOP_ASKED) == self._owner)
+
     def discard(self) -> None:
         """Take the study back: the sweep could not start, so there is nothing to see of it."""
         self._storage.delete_study(self._study_id)
         self._storage.remove_session()
 
     def close(self, state: SweepState) -> None:
-        with _writing():
+        with self._writing():
             self._study.set_user_attr("state", state)
             _release(self._storage)
 
@@ -870,6 +951,7 @@ def _sweep_record(
             facts=attributes["facts"],
             ended=attributes.get("ended", False),
             owner=attributes.get("owner", attributes["facts"].get("owner", "")),
+            heartbeat=attributes.get("heartbeat", ""),
         )
     except ValidationError as error:
         made_by = attributes["facts"].get("version.sweepsvc", "another version")

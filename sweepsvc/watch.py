@@ -31,6 +31,9 @@ from sweepsvc.view import LineView, LiveView, View, best_trial, results, termina
 
 POLL_SECONDS = 2.0
 
+SETTLING_POLLS = 5
+"""For so long is waited, when a study answers again, until its driver has said that it lives."""
+
 SHARE = 0.1
 """Of the time, at most, is spent on reading: where a reading takes long, the next one comes later."""
 
@@ -120,8 +123,8 @@ def follow(
     is deleted.
     """
     changes = Changes(view, record)
-    patient = Patient(study, view.note)
-    while as_it_stands(record).state == "running":
+    patient = Patient(study, view.note, SETTLING_POLLS * poll_seconds)
+    while patient.is_away or as_it_stands(record).state == "running":
         newest.want(changes.running())
         time.sleep(max(poll_seconds, patient.seconds / SHARE))
         for note in newest.notes():
@@ -141,13 +144,15 @@ def read_again(study: ReadStudy) -> SweepRecord:
 class Patient:
     """Reads a study that may be away for a while, and says once that it is, once that it is back.
 
-    `seconds` is what the last reading took.
+    `seconds` is what the last reading took. A driver that could not write either has `settling_seconds` to
+    say that it lives.
     """
 
-    def __init__(self, study: ReadStudy, say: Callable[[str], None]) -> None:
+    def __init__(self, study: ReadStudy, say: Callable[[str], None], settling_seconds: float) -> None:
         self._study = study
         self._say = say
-        self._is_away = False
+        self._settling_seconds = settling_seconds
+        self.is_away = False
         self.seconds = 0.0
 
     def read(self) -> SweepRecord | None:
@@ -156,15 +161,17 @@ class Patient:
         try:
             record = read_again(self._study)
         except CannotStart as error:
-            if not self._is_away:
+            if not self.is_away:
                 self._say(f"the study does not answer, it is asked again until it does: {error}")
-            self._is_away = True
+            self.is_away = True
             return None
         self.seconds = time.monotonic() - began
-        if self._is_away:
-            self._say("the study answers again")
-        self._is_away = False
-        return record
+        if not self.is_away:
+            return record
+        self._say("the study answers again")
+        self.is_away = False
+        time.sleep(self._settling_seconds)
+        return self.read()
 
 
 @dataclass

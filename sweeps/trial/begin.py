@@ -67,6 +67,12 @@ def begin(
         notes.append(f"resumed at step {at.step} of {training.steps}, from the checkpoint of {at.written}")
     if recomputes:
         adapter.enable_gradient_checkpointing()
+    if compiles and recomputes:
+        compiles = False
+        notes.append(
+            "training not compiled, though train.compile says so: activations are recomputed to save memory, "
+            "and a compiled block does not draw the same dropout again"
+        )
     if compiles:
         from sweeps.trial.compiled import compiled  # the compiler takes a second to import
 

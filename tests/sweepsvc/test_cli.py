@@ -247,7 +247,7 @@ def test_a_sweep_whose_driver_is_gone_is_shown_as_interrupted(
     study.started(running)
     assert run(monkeypatch, "status", "--json") == 0
     assert json.loads(capsys.readouterr().out)["trials"][0]["state"] == "running"
-    monkeypatch.setattr("sweepsvc.owner.lives", lambda owner: False)
+    monkeypatch.setattr("sweepsvc.owner.lives", lambda owner, heartbeat: False)
     assert run(monkeypatch, "status", "--json") == 0
     seen = json.loads(capsys.readouterr().out)
     assert (seen["state"], seen["trials"][0]["state"]) == ("interrupted", "interrupted")

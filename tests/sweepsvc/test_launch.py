@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from sweeps.errors import CannotContinue, CannotStart, FailureClass
+from sweeps.errors import CannotContinue, CannotStart, FailureClass, TakenOver
 from sweeps.result import Failure, Progress, Score, TrialResult
 from sweeps.sweep import Faults, Sweep
 from sweeps.sweepfile import load_sweep_text
@@ -429,3 +429,32 @@ def test_a_home_that_cannot_be_written_is_refused(sweep: Sweep, tmp_path: Path) 
 
 def test_new_ids_begin_with_the_name_and_sort_by_time() -> None:
     assert launch.new_sweep_id("demo").startswith("demo-20")
+
+
+# --- from elsewhere ---------------------------------------------------------------------------------
+
+
+def test_a_word_left_in_the_study_stops_the_sweep(
+    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sweepsvc.owner.HEARTBEAT_SECONDS", 0.0)
+    driven = Driven(sweep, Home(tmp_path), DONE, DONE)
+    words = iter([False, False, True])
+    driven.study.heartbeat = lambda: next(words, True)
+    assert driven.drive().state == "interrupted"
+    assert driven.folder.stop.exists(), "running trials are to write a checkpoint and end"
+    assert any("it was asked to stop" in note for note in driven.view.notes)
+
+
+def test_a_driver_that_lost_its_sweep_ends_and_leaves_the_other_alone(sweep: Sweep, tmp_path: Path) -> None:
+    driven = Driven(sweep, Home(tmp_path), DONE, DONE)
+
+    def lost() -> bool:
+        raise TakenOver("a sweep has one driver, and process 2 on other has taken this one over")
+
+    driven.study.heartbeat = lost
+    with pytest.raises(TakenOver, match="process 2 on other"):
+        driven.drive()
+    assert driven.script.ran == []
+    assert not driven.folder.stop.exists(), "the file is the other driver's by now"
+    assert driven.log.heard == [], "nor is its run closed in the tracker"

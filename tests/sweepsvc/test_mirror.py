@@ -363,6 +363,7 @@ def cut(number: int, half: bool) -> Callable[[int, str, tuple[Any, ...]], None]:
     return at
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("half", [False, True])
 def test_a_push_cut_at_any_request_leaves_the_newest_checkpoint_or_the_one_before(
     tmp_path: Path, half: bool
@@ -512,6 +513,7 @@ def test_a_worker_that_lives_on_can_neither_write_nor_remove(url: str, tmp_path:
     assert newest_step(tmp_path / "c") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("answer_is_lost", [False, True])
 def test_whenever_the_next_attempt_claims_what_the_lost_worker_still_does_is_harmless(
     tmp_path: Path, answer_is_lost: bool

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import os
 import subprocess
 import sys
@@ -68,3 +69,14 @@ def test_a_folder_that_is_gone_is_refused(tmp_path: Path) -> None:
         owner.owning(SweepFolder(tmp_path / "x")),
     ):
         pass
+
+
+def test_a_driver_on_another_host_is_judged_by_its_heartbeat() -> None:
+    now = datetime.datetime.now(datetime.UTC)
+    silent = now - datetime.timedelta(seconds=owner.SILENCE_SECONDS + 1)
+    assert owner.lives("elsewhere:1:1", now.isoformat())
+    assert not owner.lives("elsewhere:1:1", silent.isoformat())
+    assert owner.lives("elsewhere:1:1", ""), "an earlier version gave none"
+    assert owner.lives(owner.this_process(), silent.isoformat()), "here the process itself is looked at"
+    assert owner.is_driven("running", "elsewhere:1:1", now.isoformat())
+    assert not owner.is_driven("running", "elsewhere:1:1", silent.isoformat())

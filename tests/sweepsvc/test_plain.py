@@ -38,8 +38,14 @@ class Listener:
         self.heard.append(f"ended {proposal.key} {result.outcome}")
         self.results.append(result)
 
+    def waiting(self) -> None:
+        """Nobody is busy when it is asked."""
+
     def folder(self, proposal: Proposal) -> Path:
         return self._home / proposal.key
+
+    def fetch(self, proposal: Proposal) -> None:
+        """Nothing is elsewhere."""
 
 
 def test_each_proposal_runs_to_its_last_word_before_the_next(tmp_path: Path) -> None:

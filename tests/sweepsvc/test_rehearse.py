@@ -54,7 +54,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> Trials:
     made = Trials()
 
     @contextlib.contextmanager
-    def scheduler(sweep: Sweep, folder: SweepFolder) -> Iterator[SerialScheduler]:
+    def scheduler(sweep: Sweep, folder: SweepFolder, joined: session.Joined) -> Iterator[SerialScheduler]:
         assert (sweep.resources.gpus, sweep.resources.accelerator) == (0, None)
         yield SerialScheduler(made)
 

@@ -14,6 +14,7 @@ from sweepsvc.home import SweepFolder
 from sweepsvc.plain import PlainStudy
 from sweepsvc.protocols import Proposal, TrialRecord
 from sweepsvc.resume import Findings, Selection, reconcile
+from sweepsvc.stored import TrialFiles
 from tests.sweepsvc.samples import result_of, sweep_of
 
 SWEEP = sweep_of("sampler: grid, space: {lora.r: [1, 2, 3, 4, 5, 6, 7, 8]}", rest="baseline: false")
@@ -71,7 +72,9 @@ class Left:
 
     def found(self, open_runs: dict[str, str] | None = None, **selection: Any) -> Findings:
         tracker: Any = self.tracker
-        return reconcile(self.study, self.folder, tracker, Selection(**selection), open_runs or {})
+        return reconcile(
+            self.study, TrialFiles(self.folder), tracker, Selection(**selection), open_runs or {}
+        )
 
     def trials(self) -> dict[str, TrialRecord]:
         return {trial.proposal.key: trial for trial in self.study.read().trials}
@@ -199,6 +202,6 @@ def test_an_end_that_the_tracker_was_never_told_is_told_also_where_it_cannot_be_
 def test_a_baseline_is_found_like_any_trial(tmp_path: Path) -> None:
     study = PlainStudy(sweep_of("sampler: grid, space: {lora.r: [4]}"), "demo-1", {})
     tracker: Any = Ends()
-    found = reconcile(study, SweepFolder(tmp_path), tracker, Selection(), {})
+    found = reconcile(study, TrialFiles(SweepFolder(tmp_path)), tracker, Selection(), {})
     assert queued(found) == ["baseline"]
     assert "to start: baseline" in list(found.lines(asks=False))

@@ -24,6 +24,7 @@ from sweeps.sweep import Resources
 from sweepsvc.plain import SerialScheduler
 from sweepsvc.protocols import Later, Proposal, Scheduler
 from sweepsvc.scheduler import RayScheduler
+from sweepsvc.worker import Kept
 from tests.scripted import COMPLETES, DIES, FAILS, HANGS, RAISES, ScriptedTrials
 
 
@@ -55,8 +56,14 @@ class Notebook:
         self.heard.append(f"ended {proposal.key}")
         self.results[proposal.number] = result
 
+    def waiting(self) -> None:
+        """It has nothing to do meanwhile."""
+
     def folder(self, proposal: Proposal) -> Path:
         return self._folder / "trials" / proposal.key
+
+    def fetch(self, proposal: Proposal) -> None:
+        """The workers share its folder."""
 
     def outcomes(self) -> list[str]:
         return [self.results[number].outcome for number in sorted(self.results)]
@@ -72,7 +79,7 @@ def ray_scheduler(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RaySched
     storage = tmp_path_factory.mktemp("ray")
     resources = Resources(gpus=0, cpus=1, parallel=1)
     runner = "tests.scripted:ScriptedTrials"
-    with RayScheduler(resources, storage, storage / "stop", runner=runner) as scheduler:
+    with RayScheduler(resources, storage, Kept(stop=str(storage / "stop")), runner=runner) as scheduler:
         yield scheduler
 
 
@@ -171,8 +178,7 @@ def test_trials_end_as_interrupted_once_they_are_asked_to_stop(
     ray_scheduler: RayScheduler, tmp_path: Path
 ) -> None:
     notebook = Notebook(tmp_path, HANGS, COMPLETES)
-    stop = ray_scheduler._stop
-    assert stop is not None
+    stop = Path(ray_scheduler._kept.stop)
     notebook.on_report = stop.touch
     ray_scheduler.run(notebook)
     stop.unlink()

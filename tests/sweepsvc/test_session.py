@@ -90,7 +90,7 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> Trials:
     made = Trials()
 
     @contextlib.contextmanager
-    def scheduler(sweep: Sweep, folder: SweepFolder) -> Iterator[SerialScheduler]:
+    def scheduler(sweep: Sweep, folder: SweepFolder, joined: session.Joined) -> Iterator[SerialScheduler]:
         yield Alone(made)
 
     monkeypatch.setattr(session, "_scheduler", scheduler)

@@ -12,12 +12,20 @@ import optuna
 import pytest
 from optuna.storages import RDBStorage
 
-from sweeps.errors import CannotContinue, CannotStart
+from sweeps.errors import CannotContinue, CannotStart, TakenOver
 from sweeps.result import TrialResult
 from sweeps.sweep import Sweep
 from sweepsvc import study as study_module
 from sweepsvc.protocols import Proposal, SweepRecord
-from sweepsvc.study import OptunaStudy, load_launched, load_record, open_study, reopen_study
+from sweepsvc.study import (
+    OptunaStudy,
+    ask_to_stop,
+    load_driving,
+    load_launched,
+    load_record,
+    open_study,
+    reopen_study,
+)
 from tests.sweepsvc.samples import result_of, sweep_of
 
 FACTS = {"git_commit": "0123abc", "owner": "host:1:1"}
@@ -228,7 +236,7 @@ def test_a_study_gives_back_the_sweep_that_it_was_opened_with(url: str) -> None:
     launched = load_launched(sweep_id, url)
     assert launched.sweep.search == LEARNS.search
     assert launched.sweep.template == LEARNS.template
-    assert (launched.owner, launched.state) == ("host:1:1", "running")
+    assert (launched.driving.owner, launched.driving.state) == ("host:1:1", "running")
 
 
 def test_a_study_of_a_later_version_is_refused(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,3 +274,67 @@ def test_a_locked_database_is_a_clear_error_and_nothing_is_lost(
     holder.close()
     study.tell(proposal, result_of("completed", 0.5))
     assert whole(drive(reopen_study(LISTED, "demo-1", url, FACTS)))[1][2:] == ("completed", 0.5)
+
+
+# --- several drivers, several hosts -----------------------------------------------------------------
+
+
+def test_a_driver_says_that_it_lives_and_hears_that_it_is_to_stop(url: str) -> None:
+    sweep_id = next(_ids)
+    study = open_study(LISTED, sweep_id, url, FACTS)
+    first = load_driving(sweep_id, url)
+    assert (first.state, first.owner) == ("running", "host:1:1")
+    assert study.heartbeat() is False
+    assert load_driving(sweep_id, url).heartbeat > first.heartbeat
+    assert load_record(sweep_id, url).heartbeat == load_driving(sweep_id, url).heartbeat
+    ask_to_stop(first, url)
+    assert study.heartbeat() is True
+    study.close("interrupted")
+    again = reopen_study(LISTED, sweep_id, url, FACTS)
+    assert again.heartbeat() is False, "the word was for the driver before"
+
+
+def test_a_word_to_an_earlier_driver_stops_no_later_one(url: str) -> None:
+    sweep_id = next(_ids)
+    open_study(LISTED, sweep_id, url, FACTS)
+    earlier = load_driving(sweep_id, url)
+    later = reopen_study(LISTED, sweep_id, url, {"owner": "other:2:2"})
+    ask_to_stop(earlier, url)
+    assert later.heartbeat() is False
+
+
+def test_a_driver_that_lost_its_sweep_to_another_writes_nothing_any_more(url: str) -> None:
+    sweep_id = next(_ids)
+    lost = open_study(LISTED, sweep_id, url, FACTS)
+    proposal = lost.ask()
+    assert proposal is not None
+    lost.started(proposal)
+    now = reopen_study(LISTED, sweep_id, url, {"owner": "other:2:2"})
+    before = load_record(sweep_id, url)
+    with pytest.raises(TakenOver, match="process 2 on other has taken this one over"):
+        lost.heartbeat()
+    for write in (
+        lost.heartbeat,
+        lost.ask,
+        lambda: lost.tell(proposal, result_of("completed", 0.5)),
+        lambda: lost.setback(proposal, "lost"),
+        lambda: lost.close("interrupted"),
+    ):
+        with pytest.raises(TakenOver):
+            write()
+    assert load_record(sweep_id, url) == before
+    assert now.heartbeat() is False
+
+
+def test_a_database_that_is_away_for_a_moment_does_not_stop_a_driver(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = open_study(LISTED, next(_ids), url, FACTS)
+
+    def away(*_: object) -> None:
+        raise sqlite3.OperationalError("the server restarts")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RDBStorage, "get_study_user_attrs", away)
+        assert study.heartbeat() is False
+    assert study.heartbeat() is False

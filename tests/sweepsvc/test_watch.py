@@ -322,7 +322,7 @@ def test_the_last_words_of_a_driver_that_has_just_ended_are_read(
     def steps() -> Iterator[None]:
         study.started(next_of(study))
         yield
-        monkeypatch.setattr("sweepsvc.owner.lives", lambda owner: False)
+        monkeypatch.setattr("sweepsvc.owner.lives", lambda owner, heartbeat: False)
         yield  # read as running, and the driver is gone
         study.tell(study.read().trials[0].proposal, result_of("completed", 0.5))
         study.close("completed")
@@ -339,7 +339,7 @@ def test_a_sweep_whose_driver_was_killed_ends_as_interrupted(
     def steps() -> Iterator[None]:
         study.started(next_of(study))
         yield
-        monkeypatch.setattr("sweepsvc.owner.lives", lambda owner: False)
+        monkeypatch.setattr("sweepsvc.owner.lives", lambda owner, heartbeat: False)
         yield
 
     record, said = followed(Scripted(study, steps()), now(study))
