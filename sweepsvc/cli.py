@@ -99,7 +99,7 @@ def launch(
 
         sent = _load(file, overrides, files_are_here=False)
         errand = remote.launch_errand(sent, sweep_id or new_sweep_id(sent.name), remote.Place(home, storage))
-        raise typer.Exit(remote.send(errand, address or "auto", detach))
+        raise typer.Exit(remote.send(errand, address or os.environ.get("RAY_ADDRESS") or "auto", detach))
     sweep = _load(file, overrides)
     place = _home(home, storage)
     place.check()
@@ -114,6 +114,7 @@ def launch(
 
 def _runs_there(address: str | None, detach: bool) -> bool:
     """Whether the driver is to run on the cluster, and not here."""
+    address = address or os.environ.get("RAY_ADDRESS")
     return detach or (address is not None and "://" in address)
 
 
@@ -151,7 +152,7 @@ def resume(
 
         options = remote.ResumeOptions(add_trials, as_launched, take_over)
         errand = remote.resume_errand(sweep, selection, options, remote.Place(home, storage))
-        raise typer.Exit(remote.send(errand, address or "auto", detach))
+        raise typer.Exit(remote.send(errand, address or os.environ.get("RAY_ADDRESS") or "auto", detach))
 
     from sweepsvc import session
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from sweeps.errors import CannotStart
 from sweeps.trial.paths import write_whole
 from sweepsvc.protocols import Proposal
+from sweepsvc.urls import masked
 
 FORMAT = 1
 """Of a home and of a study in it. A higher one was made by a later version of sweepsvc, and is refused."""
@@ -30,8 +31,10 @@ class Home:
     """
 
     def __init__(self, path: Path | str | None = None, storage: str | None = None) -> None:
+        """`storage` "" is none; None is what the environment says."""
         self.path = Path(path or os.environ.get("SWEEPSVC_HOME") or "runs").absolute()
-        self.storage = storage or os.environ.get("SWEEPSVC_STORAGE") or ""
+        self.storage = os.environ.get("SWEEPSVC_STORAGE", "") if storage is None else storage
+        self._asked_storage = storage
 
     @property
     def study_url(self) -> str:
@@ -50,9 +53,18 @@ class Home:
         """The words that name it in a command; none where a command finds it by itself."""
         return [] if self.path == Path("runs").absolute() else ["--home", str(self.path)]
 
-    def storing(self, storage: str) -> Home:
-        """The same home, with the storage that a sweep was launched with, where none is asked for."""
-        return self if self.storage or not storage else Home(self.path, storage)
+    def storing(self, launched: str) -> Home:
+        """The same home with the storage that a sweep was launched with, "" for none.
+
+        That is so whatever the environment says: another storage knows nothing of the sweep. Raises
+        `CannotStart` if another one is asked for.
+        """
+        if self._asked_storage and self._asked_storage != launched:
+            raise CannotStart(
+                f"a sweep keeps its storage, got {masked(self._asked_storage)} for one that was launched "
+                f"with {masked(launched) or 'none'}; leave --storage out"
+            )
+        return Home(self.path, launched)
 
     def check(self) -> None:
         """Raise `CannotStart` if a later version made this home."""

@@ -68,6 +68,7 @@ class SweepRun:
         self._failed_in_a_row: list[FailureClass] = []
         self._notes_shown = 0
         self._next_heartbeat = 0.0
+        self._workers_asked = False
         self._end_was_said = False
         self.stopped_because = ""
         self.broken_by: CannotContinue | None = None
@@ -201,7 +202,7 @@ class SweepRun:
 
     def _is_stopping(self) -> bool:
         if not self.stopped_because and self._folder.stop.exists():
-            self._stop_because("it was asked to stop; what runs writes a checkpoint and ends")
+            self.ask_to_stop()
         return bool(self.stopped_because)
 
     def _stop_because(self, why: str) -> None:
@@ -211,6 +212,7 @@ class SweepRun:
 
     def ask_to_stop(self) -> None:
         """Hand out no more, and have every worker write a checkpoint and end."""
+        self._workers_asked = True
         self._files.ask_to_stop()
         self._stop_because("it was asked to stop; what runs writes a checkpoint and ends (again: at once)")
 
@@ -219,6 +221,7 @@ class SweepRun:
         if self.broken_by is None:
             self.broken_by = error
             self._stop_because(str(error))
+            self._workers_asked = True
             self._files.ask_to_stop()
 
     def _written(self, write: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T | None:
@@ -235,10 +238,10 @@ class SweepRun:
 
     def _beat(self) -> None:
         """Say that this driver lives, and hear whether it is asked to stop."""
-        if time.monotonic() < self._next_heartbeat or self.broken_by is not None:
+        if time.monotonic() < self._next_heartbeat or isinstance(self.broken_by, TakenOver):
             return
         self._next_heartbeat = time.monotonic() + owner.HEARTBEAT_SECONDS
-        if self._written(self._study.heartbeat) and not self.stopped_because:
+        if self._written(self._study.heartbeat) and not self._workers_asked:
             self.ask_to_stop()
 
     # The tracker

@@ -8,6 +8,7 @@ import fcntl
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import psutil
 
@@ -26,9 +27,22 @@ and a database may be away for a moment."""
 
 
 def this_process() -> str:
-    """This process, so that another can tell whether it still lives: `host:pid:start`."""
+    """This process, so that another can tell whether it still lives: `host/place:pid:start`."""
     process = psutil.Process()
-    return f"{socket.gethostname()}:{process.pid}:{process.create_time():.0f}"
+    return f"{_here()}:{process.pid}:{process.create_time():.0f}"
+
+
+def _here() -> str:
+    """Where a process's id means something: two containers may have one host's name, and number their own."""
+    with contextlib.suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")[:8]
+        return f"{socket.gethostname()}/{boot}-{Path('/proc/self/ns/pid').stat().st_ino}"
+    return socket.gethostname()
+
+
+def _is_here(place: str) -> bool:
+    """Whether `place` is where this process is; earlier versions wrote down the host's name alone."""
+    return place == (_here() if "/" in place else socket.gethostname())
 
 
 def lives(owner: str, heartbeat: str = "") -> bool:
@@ -38,8 +52,8 @@ def lives(owner: str, heartbeat: str = "") -> bool:
     """
     if owner.count(":") < 2:
         return False
-    host, pid, start = owner.rsplit(":", 2)  # host names have no colon
-    if host != socket.gethostname():
+    place, pid, start = owner.rsplit(":", 2)  # host names have no colon
+    if not _is_here(place):
         return silence_seconds(heartbeat) < SILENCE_SECONDS
     try:
         process = psutil.Process(int(pid))
@@ -80,13 +94,13 @@ def as_it_stands(record: SweepRecord) -> SweepRecord:
 
 def is_elsewhere(owner: str) -> bool:
     """Whether it is a process of another host, of which nothing can be known from here."""
-    return owner.count(":") >= 2 and owner.rsplit(":", 2)[0] != socket.gethostname()
+    return owner.count(":") >= 2 and not _is_here(owner.rsplit(":", 2)[0])
 
 
 def named(owner: str) -> str:
     """`process 4711 on gpu-3`."""
-    host, pid, _ = owner.rsplit(":", 2) if owner.count(":") >= 2 else ("an unknown host", "?", "")
-    return f"process {pid} on {host}"
+    place, pid, _ = owner.rsplit(":", 2) if owner.count(":") >= 2 else ("an unknown host", "?", "")
+    return f"process {pid} on {place.partition('/')[0]}"
 
 
 @contextlib.contextmanager

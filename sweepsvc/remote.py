@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict
 from sweeps.errors import CannotStart
 from sweeps.sweep import Sweep
 from sweeps.sweepfile import load_sweep_text
+from sweepsvc.facts import git_commit
 from sweepsvc.home import Home
 from sweepsvc.resume import Selection
 
@@ -64,6 +65,7 @@ class LaunchErrand(_Part):
     sweep_id: str
     text: str
     source: str
+    git_commit: str
     overrides: tuple[str, ...]
     base_dir: str
     home: str | None
@@ -96,7 +98,8 @@ def launch_errand(sweep: Sweep, sweep_id: str, place: Place) -> LaunchErrand:
     return LaunchErrand(
         sweep_id=sweep_id,
         text=sweep.text,
-        source=sweep.source,
+        source=str(Path(sweep.source).absolute()),
+        git_commit=git_commit(Path(sweep.source).absolute().parent),
         overrides=sweep.overrides,
         base_dir=str(sweep.base_dir),
         home=_path_there(place.home),
@@ -144,18 +147,26 @@ def send(errand: Errand, address: str, detach: bool) -> int:
         Path(folder, _FILE).write_text(_Sent(errand=errand).model_dump_json(), encoding="utf-8")
         jobs.submit(job, f"python -m sweepsvc drive {_FILE}", Path(folder))
     print(f"sent to the cluster at {address} as job {job}", flush=True)
+    has_begun = False
     try:
         for line in _lines(jobs.follow(job)):
             print(line, flush=True)
-            if detach and _BEGUN in line:
+            has_begun = has_begun or _BEGUN in line
+            if detach and has_begun:
                 print(f"it goes on without this command\n{_from_anywhere(errand.sweep_id)}")
                 return 0
+        while (code := jobs.exit_code(job)) is None:  # the output ends a moment before the job does
+            time.sleep(0.5)
+        return code
     except KeyboardInterrupt:
         print(f"left; the sweep goes on\n{_from_anywhere(errand.sweep_id)}", file=sys.stderr)
         return LEFT
-    while (code := jobs.exit_code(job)) is None:  # the output ends a moment before the job does
-        time.sleep(0.5)
-    return code
+    except CannotStart as error:
+        if not has_begun:
+            raise
+        print(f"{error}\nthe driver is not heard any more; its sweep may go on", file=sys.stderr)
+        print(_from_anywhere(errand.sweep_id), file=sys.stderr)
+        return LEFT
 
 
 def _lines(pieces: Iterator[str]) -> Iterator[str]:
@@ -188,7 +199,7 @@ def drive(file: Path, task_names: Callable[[str | None], Collection[str]]) -> Sw
 
     errand = _Sent.model_validate_json(file.read_text(encoding="utf-8")).errand
     os.chdir("/")  # Ray removes a job's working folder while the job runs
-    home, joined = _home_there(errand), session.Joined("auto", _BEGUN)
+    home, joined = _home_there(errand), session.Joined("auto", _BEGUN, getattr(errand, "git_commit", ""))
     if isinstance(errand, LaunchErrand):
         sweep = load_sweep_text(
             errand.text, errand.source, errand.overrides, errand.base_dir, task_names=task_names

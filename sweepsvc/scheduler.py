@@ -102,6 +102,7 @@ class RayScheduler:
         self._runner = runner
         self._address = address or os.environ.get("RAY_ADDRESS") or "local"
         self._seen_room = (-math.inf, 0)
+        self._fixed: dict[str, float] = {}
 
     def __enter__(self) -> RayScheduler:
         os.environ.update({name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()})
@@ -156,6 +157,7 @@ class RayScheduler:
         Raises `CannotContinue` where Ray fails before that.
         """
         self._slots()
+        self._fixed = self._bundle_now()
         placed = Placed(conductor, self._room)
         forgetting = _Forgetting()
         actor = tune.with_resources(TrialActor, tune.PlacementGroupFactory([self._bundle()]))
@@ -207,6 +209,10 @@ class RayScheduler:
                 placed.close_open_trials()
 
     def _bundle(self) -> dict[str, float]:
+        """What one trial takes; of a run that has begun always the same, whatever machines come and go."""
+        return self._fixed or self._bundle_now()
+
+    def _bundle_now(self) -> dict[str, float]:
         wanted = self._resources
         bundle: dict[str, float] = {"CPU": self._cpus()}
         if wanted.gpus:
@@ -221,11 +227,12 @@ class RayScheduler:
             return self._resources.cpus
         if self._resources.gpus:
             return 1
-        return max(1, min(int(node.get("CPU", 0)) for node in _nodes() if node.get("CPU", 0) >= 1))
+        able = [int(node["CPU"]) for node in _nodes() if node.get("CPU", 0) >= 1]
+        return min(able, default=1)
 
     def _threads(self) -> int | None:
         """A trial on CPUs computes with as many threads as it has CPUs."""
-        return None if self._resources.gpus else self._cpus()
+        return None if self._resources.gpus else int(self._bundle()["CPU"])
 
     def _slots(self) -> int:
         """How many trials fit at once."""
@@ -255,10 +262,11 @@ class RayScheduler:
             if name.startswith("accelerator_type:")
         )
         asked = ", ".join(f"{name} {amount:g}" for name, amount in bundle.items())
+        cpus = [node.get("CPU", 0) for node in _nodes()]
         return (
-            f"one machine must hold a trial's resources ({asked}), got at most {max(gpus):g} GPUs and "
-            f"{max(node.get('CPU', 0) for node in _nodes()):g} CPUs on one machine, accelerators "
-            f"{kinds or 'none'}; lower resources.gpus (0 trains on the CPU), or change resources.accelerator"
+            f"one machine must hold a trial's resources ({asked}), got at most {max(gpus, default=0):g} GPUs "
+            f"and {max(cpus, default=0):g} CPUs on one machine, accelerators {kinds or 'none'}; lower "
+            "resources.gpus (0 trains on the CPU), or change resources.accelerator"
         )
 
 
@@ -302,14 +310,16 @@ class RayJobs:
     """Commands that run on a cluster, on its head, and go on when this process ends.
 
     `address` is the head's dashboard (`http://host:8265`), Ray's own client address (`ray://host:10001`), or
-    `auto` for the cluster that this machine is part of. Raises `CannotStart` where it does not answer.
+    `auto` for the cluster that this machine is part of. It goes before `RAY_ADDRESS`, unlike in Ray. Raises
+    `CannotStart` where it does not answer.
     """
 
     def __init__(self, address: str) -> None:
         with _reaching_jobs(address):
             from ray.job_submission import JobSubmissionClient
 
-            self._client = JobSubmissionClient(address)
+            with _without_rays_own_addresses():
+                self._client = JobSubmissionClient(address)
         logging.getLogger("ray").setLevel(logging.WARNING)  # it would tell of each package that it uploads
         self._address = address
 
@@ -338,6 +348,8 @@ class RayJobs:
             details = self._client.get_job_info(job)
         if not details.status.is_terminal():
             return None
+        if str(details.status) == "STOPPED":
+            return STOPPED
         if details.driver_exit_code is None:
             raise CannotStart(
                 f"the cluster must be able to run the driver, got {str(details.message).strip()}; look at "
@@ -346,11 +358,26 @@ class RayJobs:
         return int(details.driver_exit_code)
 
 
+STOPPED = 4
+"""The exit code of a driver that Ray was told to end: its sweep can be resumed."""
+
+
 @contextlib.contextmanager
-def _reaching_jobs(address: str) -> Iterator[None]:
+def _without_rays_own_addresses() -> Iterator[None]:
+    kept = {name: os.environ.pop(name, None) for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS")}
     try:
         yield
-    except (RuntimeError, ConnectionError, ValueError, OSError) as error:
+    finally:
+        os.environ.update({name: value for name, value in kept.items() if value is not None})
+
+
+@contextlib.contextmanager
+def _reaching_jobs(address: str) -> Iterator[None]:
+    from aiohttp import ClientError  # Ray's jobs stand on it
+
+    try:
+        yield
+    except (RuntimeError, ConnectionError, ValueError, OSError, ClientError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise CannotStart(
             f"the cluster's dashboard must answer, got {address}: {reason}; check --address (the head's "

@@ -51,10 +51,14 @@ _POLL_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Joined:
-    """The Ray cluster that a driver joins, or Ray on this machine; and what it says once it has begun."""
+    """The Ray cluster that a driver joins, or Ray on this machine.
+
+    `begun` is what it says once it has begun, `git_commit` that of a sweep file on another machine.
+    """
 
     address: str | None = None
     begun: str = ""
+    git_commit: str = ""
 
 
 @dataclass(frozen=True)
@@ -132,7 +136,11 @@ def _launched(
         _say(console, f"sweep {sweep_id} in {home.path}")
         if joined.address is None:
             stack.enter_context(_tokenising(sweep))  # while Ray, the stores, the actors and the base start
-        facts = {**gather(Path(sweep.source)), **({"storage": home.storage} if home.storage else {})}
+        facts = gather(Path(sweep.source))
+        if joined.git_commit:
+            facts["git_commit"] = joined.git_commit
+        if home.storage:
+            facts["storage"] = home.storage
         scheduler = stack.enter_context(_scheduler(sweep, home.sweep(sweep_id), joined))
         _check(sweep, scheduler, home, console)
         _clear_away(home.sweep(sweep_id), home)
@@ -141,6 +149,7 @@ def _launched(
             stack.enter_context(owner.owning(folder))
             study = open_study(sweep, sweep_id, home.study_url, facts)
             undo.callback(study.discard)
+            stack.enter_context(study.beating())
             recorder = MlflowRecorder(sweep, sweep_id, home.tracking_uri, home.artifacts, facts)
             recorder.open()
             baselines = study.baselines()
@@ -173,6 +182,7 @@ def resume(prefix: str, home: Home, asked: Asked) -> SweepRecord:
         facts = gather(Path(sweep.source))
         added = launched.added_trials + asked.add_trials
         study = reopen_study(sweep, sweep_id, home.study_url, facts, added)
+        stack.enter_context(study.beating())
         if sweep.text != launched.sweep.text:
             write_whole(folder.sweep_file, sweep.text)
         recorder = MlflowRecorder(sweep, sweep_id, home.tracking_uri, home.artifacts, facts)
@@ -220,10 +230,20 @@ def stop(prefix: str | None, home: Home, waits: bool = True) -> None:
         console, f"asked {owner.named(driving.owner)} to stop: the running trials write a checkpoint and end"
     )
     if waits:
-        while _is_driven(load_driving(sweep_id, home.study_url)):
+        while (now := _driving_again(driving, home)).owner == driving.owner and _is_driven(now):
             time.sleep(_POLL_SECONDS)
+        if now.owner != driving.owner:
+            _say(console, f"it has ended; driven by {owner.named(now.owner)} now: ask again to stop that one")
+            return
         record = load_record(sweep_id, home.study_url)
         _say(console, next_steps(home, replace(record, state=state_of(record))))
+
+
+def _driving_again(driving: Driving, home: Home) -> Driving:
+    """As it is now; as it was where the study does not answer just now: the word is left in it."""
+    with contextlib.suppress(CannotStart):
+        return load_driving(driving.sweep_id, home.study_url)
+    return driving
 
 
 def _is_driven(driving: Driving) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sweeps.errors import TrialError
@@ -24,7 +23,6 @@ class TrialFiles:
 
     def __init__(self, folder: SweepFolder) -> None:
         self._folder = folder
-        self._earlier: dict[str, bytes] = {}  # last words of attempts before: not those of the next one
         self._storage: Storage | None = None
         if folder.storage:
             from sweepsvc.mirror import Storage
@@ -40,8 +38,6 @@ class TrialFiles:
         files = self.of(proposal)
         if self._storage is not None:
             self._mirror(proposal).pull(checkpoints)
-            if self._earlier.get(proposal.key) == _content(files.result):
-                files.result.unlink(missing_ok=True)
         return files
 
     def last_step(self, proposal: Proposal) -> int:
@@ -57,9 +53,8 @@ class TrialFiles:
             self.fetch(proposal)
         if files.is_final(proposal.spec):
             return
-        content = _content(files.result)
-        if self._storage is not None and content is not None:
-            self._earlier[proposal.key] = content
+        if self._storage is not None and files.result.exists():
+            self._mirror(proposal).drop_result()
         files.result.unlink(missing_ok=True)
 
     def forget(self, proposal: Proposal) -> None:
@@ -88,9 +83,3 @@ class TrialFiles:
     def _mirror(self, proposal: Proposal) -> Mirror:
         assert self._storage is not None
         return self._storage.trial(self._folder.path.name, proposal.key, self._folder.trial(proposal))
-
-
-def _content(file: Path) -> bytes | None:
-    with contextlib.suppress(OSError):
-        return file.read_bytes()
-    return None

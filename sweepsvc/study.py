@@ -30,8 +30,10 @@ import datetime
 import difflib
 import gc
 import hashlib
+import json
 import logging
 import sqlite3
+import threading
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -45,6 +47,7 @@ from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, Ra
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from pydantic import ValidationError
+from sqlalchemy import bindparam, text
 from sqlalchemy.exc import SQLAlchemyError
 
 from sweeps.errors import CannotContinue, CannotStart, TakenOver, UnknownSweep
@@ -53,7 +56,7 @@ from sweeps.space import Choices, Domain, Picks
 from sweeps.sweep import Sweep
 from sweeps.sweepfile import load_sweep_text
 from sweepsvc.home import FORMAT
-from sweepsvc.owner import named
+from sweepsvc.owner import HEARTBEAT_SECONDS, named
 from sweepsvc.proposing import Asked, Proposer, Source, baseline_proposals
 from sweepsvc.protocols import Importance, Proposal, SweepRecord, SweepState, SweepSummary, TrialRecord
 from sweepsvc.records import (
@@ -499,6 +502,7 @@ class OptunaStudy:
         self._study_id = storage.get_study_id_from_name(study.study_name)
         self._owner = study.user_attrs["owner"]
         self._lost: TakenOver | None = None
+        self._has_ended_beating = threading.Event()
         self._distributions = {path: _distribution(domain) for path, domain in sweep.search.space.items()}
         # A grid is listed and `random` learns nothing: neither needs Optuna to look at earlier trials.
         self._learns = sweep.search.sampler not in ("grid", "random")
@@ -663,36 +667,87 @@ class OptunaStudy:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Nothing is written to a sweep that another driver has."""
+        """Nothing is written to a sweep that another driver has.
+
+        A driver that was cut off may come back at any moment, so that is looked at before each write.
+        """
+        with _writing():
+            self._check_owner(self._attributes("owner").get("owner", self._owner))
+            yield
+
+    def _check_owner(self, owner: str) -> None:
+        if self._lost is None and owner != self._owner:
+            self._lost = TakenOver(
+                f"a sweep has one driver, and {named(owner)} has taken this one over; what it does is in "
+                "`status`"
+            )
         if self._lost is not None:
             raise self._lost
-        with _writing():
-            yield
 
     def heartbeat(self) -> bool:
         if self._lost is not None:
             raise self._lost
         try:
-            attributes = self._storage.get_study_user_attrs(self._study_id)
-            if attributes["owner"] == self._owner:
-                self._study.set_user_attr("heartbeat", _now())
+            found = self._attributes("owner", _STOP_ASKED)
+            if found.get("owner", self._owner) == self._owner:
+                self._say_alive()
         except _STORAGE_ERRORS:  # the next word that matters will say so
             return False
-        if attributes["owner"] != self._owner:
-            self._lost = TakenOver(
-                f"a sweep has one driver, and {named(attributes['owner'])} has taken this one over; what it "
-                "does is in `status`"
-            )
-            raise self._lost
-        return bool(attributes.get(_STOP_ASKED) == self._owner)
+        self._check_owner(found.get("owner", self._owner))
+        return found.get(_STOP_ASKED) == self._owner
+
+    @contextlib.contextmanager
+    def beating(self) -> Iterator[None]:
+        """Say that the driver lives while the block runs, though it may wait for minutes for something."""
+        thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._has_ended_beating.set()
+            thread.join()
+
+    def _beat(self) -> None:
+        while not self._has_ended_beating.wait(HEARTBEAT_SECONDS):
+            with contextlib.suppress(*_STORAGE_ERRORS):
+                if self._attributes("owner").get("owner") == self._owner:
+                    self._say_alive()
+
+    def _attributes(self, *keys: str) -> Mapping[str, str]:
+        """Those attributes of the study, and no other: a sweep may have thousands."""
+        rows = self._execute(
+            "SELECT key, value_json FROM study_user_attributes WHERE study_id = :study AND key IN :keys",
+            keys=keys,
+        )
+        return {key: json.loads(value) for key, value in rows}
+
+    def _say_alive(self) -> None:
+        self._execute(
+            "UPDATE study_user_attributes SET value_json = :now "
+            "WHERE study_id = :study AND key = 'heartbeat'",
+            now=json.dumps(_now()),
+        )
+
+    def _execute(self, words: str, **values: Any) -> Sequence[Any]:
+        """In a connection of its own: any thread may."""
+        if not isinstance(self._storage, RDBStorage):  # in memory, nobody else can see or ask
+            return []
+        statement = text(words)
+        if "keys" in values:
+            statement = statement.bindparams(bindparam("keys", expanding=True))
+        with self._storage.engine.begin() as connection:
+            done = connection.execute(statement, {"study": self._study_id, **values})
+            return list(done) if done.returns_rows else []
 
     def discard(self) -> None:
         """Take the study back: the sweep could not start, so there is nothing to see of it."""
+        self._has_ended_beating.set()
         self._storage.delete_study(self._study_id)
         self._storage.remove_session()
 
     def close(self, state: SweepState) -> None:
         with self._writing():
+            self._has_ended_beating.set()
             self._study.set_user_attr("state", state)
             _release(self._storage)
 

@@ -7,6 +7,7 @@ import importlib
 import os
 import shutil
 import signal
+import socket
 import traceback
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
@@ -77,6 +78,11 @@ class Worker:
         self._checkpoint_minutes = checkpoint_minutes
         self._kept = Kept(**kept)
         self._storage: Storage | None = None
+        if self._kept.stop and not self._kept.storage and not Path(self._kept.stop).parent.is_dir():
+            raise OSError(  # a machine that joined later: what it wrote, nobody would find
+                f"every machine must share the sweep's folder, got none at {Path(self._kept.stop).parent} on "
+                f"{socket.gethostname()}; mount it there, or take the machine out of the cluster"
+            )
         if self._kept.storage:
             from sweepsvc.mirror import Storage
 

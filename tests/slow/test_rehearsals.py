@@ -39,7 +39,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Home:
 @pytest.fixture
 def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextlib.contextmanager
-    def scheduler(sweep: Sweep, folder: SweepFolder) -> Iterator[SerialScheduler]:
+    def scheduler(sweep: Sweep, folder: SweepFolder, joined: session.Joined) -> Iterator[SerialScheduler]:
         yield SerialScheduler(TrialRunner())
 
     monkeypatch.setattr(session, "_scheduler", scheduler)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from sweeps.errors import CannotStart
 from sweepsvc.home import Home
 
 
@@ -34,3 +35,18 @@ def test_servers_take_the_place_of_the_embedded_stores(monkeypatch: pytest.Monke
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
     assert Home().study_url == "postgresql://host/study"
     assert Home().tracking_uri == "http://host:5000"
+
+
+def test_a_sweep_keeps_the_storage_that_it_was_launched_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another one knows nothing of it, and fetching from there would remove what is here."""
+    monkeypatch.setenv("SWEEPSVC_STORAGE", "s3://other")
+    assert Home(tmp_path).storage == "s3://other"
+    assert Home(tmp_path).storing("").storage == ""
+    assert Home(tmp_path).storing("s3://bucket").sweep("one").storage == "s3://bucket"
+    assert Home(tmp_path, "s3://bucket").storing("s3://bucket").storage == "s3://bucket"
+    with pytest.raises(
+        CannotStart, match=r"keeps its storage, got s3://bucket for one that was .* with none"
+    ):
+        Home(tmp_path, "s3://bucket").storing("")

@@ -80,3 +80,14 @@ def test_a_driver_on_another_host_is_judged_by_its_heartbeat() -> None:
     assert owner.lives(owner.this_process(), silent.isoformat()), "here the process itself is looked at"
     assert owner.is_driven("running", "elsewhere:1:1", now.isoformat())
     assert not owner.is_driven("running", "elsewhere:1:1", silent.isoformat())
+
+
+def test_containers_that_share_a_host_s_name_do_not_take_each_other_s_processes_for_theirs() -> None:
+    place, pid, start = owner.this_process().rsplit(":", 2)
+    host = place.partition("/")[0]
+    other = f"{host}/{place.partition('/')[2]}0:{pid}:{start}"
+    assert owner.is_elsewhere(other)
+    now = datetime.datetime.now(datetime.UTC).isoformat()
+    assert owner.lives(other, now), "its pid says nothing here, its heartbeat does"
+    assert owner.named(other) == f"process {pid} on {host}"
+    assert owner.lives(f"{host}:{pid}:{start}"), "as earlier versions wrote it"

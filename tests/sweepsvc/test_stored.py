@@ -112,7 +112,7 @@ def test_a_trial_goes_on_elsewhere_from_its_checkpoint(
 
 
 def test_the_last_word_of_an_attempt_before_is_not_the_next_one_s(
-    machines: list[Machine], files: TrialFiles
+    machines: list[Machine], files: TrialFiles, tmp_path: Path, url: str
 ) -> None:
     trial = proposal(FAILS)
     with pytest.raises(Exception, match="the loss must stay finite"):
@@ -122,6 +122,8 @@ def test_the_last_word_of_an_attempt_before_is_not_the_next_one_s(
     assert failed.outcome == "failed"
     files.clear(trial)
     assert files.fetch(trial).read_result() is None, "the next worker has died before its first word"
+    again = TrialFiles(SweepFolder(tmp_path / "home" / "sweep-1", url))
+    assert again.fetch(trial).read_result() is None, "and so has the driver"
     with pytest.raises(Exception, match="the loss must stay finite"):
         machines[1].run(trial)
 
@@ -173,3 +175,9 @@ def test_without_a_storage_nothing_is_fetched(tmp_path: Path) -> None:
     assert files.fetch(trial).read_result() is not None
     files.clear(trial)
     assert files.fetch(trial).read_result() is None
+
+
+def test_a_machine_without_the_sweep_s_folder_takes_no_trial(tmp_path: Path) -> None:
+    kept = {"sweep_id": "sweep-1", "stop": str(tmp_path / "nowhere" / "stop"), "storage": ""}
+    with pytest.raises(OSError, match=r"every machine must share the sweep's folder, got none at .*nowhere"):
+        Worker("tests.scripted:ScriptedTrials", None, False, 5.0, kept)

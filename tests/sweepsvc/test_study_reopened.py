@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sqlite3
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -311,16 +312,15 @@ def test_a_driver_that_lost_its_sweep_to_another_writes_nothing_any_more(url: st
     lost.started(proposal)
     now = reopen_study(LISTED, sweep_id, url, {"owner": "other:2:2"})
     before = load_record(sweep_id, url)
-    with pytest.raises(TakenOver, match="process 2 on other has taken this one over"):
-        lost.heartbeat()
     for write in (
+        lambda: lost.tell(proposal, result_of("completed", 0.5)),  # it has not even looked since
         lost.heartbeat,
         lost.ask,
         lambda: lost.tell(proposal, result_of("completed", 0.5)),
         lambda: lost.setback(proposal, "lost"),
         lambda: lost.close("interrupted"),
     ):
-        with pytest.raises(TakenOver):
+        with pytest.raises(TakenOver, match="process 2 on other has taken this one over"):
             write()
     assert load_record(sweep_id, url) == before
     assert now.heartbeat() is False
@@ -331,10 +331,28 @@ def test_a_database_that_is_away_for_a_moment_does_not_stop_a_driver(
 ) -> None:
     study = open_study(LISTED, next(_ids), url, FACTS)
 
-    def away(*_: object) -> None:
+    def away(*_: object, **__: object) -> None:
         raise sqlite3.OperationalError("the server restarts")
 
     with monkeypatch.context() as patched:
-        patched.setattr(RDBStorage, "get_study_user_attrs", away)
+        patched.setattr(OptunaStudy, "_execute", away)
         assert study.heartbeat() is False
     assert study.heartbeat() is False
+
+
+def test_a_driver_that_waits_for_something_else_says_all_the_same_that_it_lives(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(study_module, "HEARTBEAT_SECONDS", 0.01)
+    sweep_id = next(_ids)
+    study = open_study(LISTED, sweep_id, url, FACTS)
+    before = load_driving(sweep_id, url).heartbeat
+    until = time.monotonic() + 10
+    with study.beating():
+        while load_driving(sweep_id, url).heartbeat == before:
+            assert time.monotonic() < until
+    reopen_study(LISTED, sweep_id, url, {"owner": "other:2:2"})
+    taken = load_driving(sweep_id, url).heartbeat
+    with study.beating():
+        time.sleep(0.1)
+    assert load_driving(sweep_id, url).heartbeat == taken, "it is not its sweep any more"
