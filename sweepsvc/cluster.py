@@ -66,9 +66,12 @@ def check(sweep: Sweep, machines: Machines, home: Home) -> list[str]:
         storage = Storage(home.storage)
         probe = storage.leave_probe()
         seen = machines.on_each_node(look_into, storage, probe, paths)
-        storage.take_probe(probe)
         for node, answer in seen.items():
             faults += [*_lacking(node, answer), *([f"{node.name}: {answer.fault}"] if answer.fault else [])]
+        try:
+            storage.take_probe(probe)
+        except CannotStart as error:
+            faults += [] if faults else [str(error)]  # a worker that could not answer has said why
     else:
         with _probe(home) as folder:
             seen = machines.on_each_node(look, folder, paths)

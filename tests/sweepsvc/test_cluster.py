@@ -13,6 +13,7 @@ from sweeps.sweep import Sweep
 from sweeps.sweepfile import load_sweep_text
 from sweepsvc import cluster
 from sweepsvc.home import Home
+from sweepsvc.mirror import Storage
 from sweepsvc.protocols import Node
 
 T = TypeVar("T")
@@ -119,3 +120,28 @@ def test_versions_that_differ_are_told(tmp_path: Path, home: Home) -> None:
     assert len(notes) == 1
     assert "different versions of peft" in notes[0]
     assert "0.1 on gpu-2" in notes[0]
+
+
+def test_with_a_storage_the_machines_share_no_folder(tmp_path: Path, home: Home) -> None:
+    bucket = tmp_path / "bucket"
+    storing = Home(home.path, f"file://{bucket}")
+    sweep = sweep_with(tmp_path, "org/model")
+    assert cluster.check(sweep, Machines(HERE, THERE), storing) == []
+    assert not home.path.exists()
+    assert [file for file in bucket.rglob("*") if file.is_file()] == []
+    assert cluster.check(sweep, Machines(HERE), storing) == [], "one machine tries it, too"
+
+    def cut_off(storage: object, probe: str, paths: Sequence[str]) -> cluster.Seen:
+        return cluster.look_into(Storage(f"file://{tmp_path}/another"), probe, paths)
+
+    with pytest.raises(CannotStart, match=r"gpu-2: a worker must read what the driver writes in .*another"):
+        cluster.check(sweep, Machines(HERE, THERE, gpu_2=cut_off), storing)
+
+
+def test_a_storage_that_no_worker_writes_to_is_refused(tmp_path: Path, home: Home) -> None:
+    def silent(storage: object, probe: str, paths: Sequence[str]) -> cluster.Seen:
+        return cluster.Seen([], "", "", {})
+
+    storing = Home(home.path, f"file://{tmp_path}/bucket")
+    with pytest.raises(CannotStart, match="the driver must read what a worker writes"):
+        cluster.check(sweep_with(tmp_path, "org/model"), Machines(THERE, gpu_2=silent), storing)
