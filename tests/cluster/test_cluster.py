@@ -34,7 +34,7 @@ def test_a_node_is_lost_and_every_trial_ends_once(
     team: Team, write_sweep: WriteSweep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The driver is a job on the head, and the command that sent it has long ended."""
-    file = write_sweep(team, "lost", steps=80, trials=4)
+    file = write_sweep(team, "lost", steps=160, trials=4)
     said = team.run("launch", str(file), "--id", "lost-1", "--address", team.rays.dashboard, "--detach")
     assert said.code == 0, said
     assert "it goes on without this command" in said
@@ -64,7 +64,7 @@ def test_a_node_is_lost_and_every_trial_ends_once(
     told = team.run("logs", "lost-1", "--trial", key)
     assert "process_lost" in told
     if key != "baseline":
-        assert re.search(r"resumed at step \d+ of 80", told), told
+        assert re.search(r"resumed at step \d+ of 160", told), told
     team.rays.add("three")
     team.rays.wait_for(3)
 

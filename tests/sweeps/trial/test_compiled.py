@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-import shutil
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -264,13 +263,15 @@ def cut_after(steps: int) -> Callable[[], bool]:
 
 @pytest.mark.slow
 def test_the_laws_of_resuming_and_of_reuse_hold_of_compiled_trials(spec: TrialSpec, tmp_path: Path) -> None:
-    """L2 and L3: a trial equals itself cut, and on a base that others have used, compiled or not."""
-    if not shutil.which("g++"):
-        pytest.skip("the compiler of torch.compile needs g++")
+    """L2 and L3: a trial equals itself cut, and on a base that others have used, compiled or not.
+
+    With `BACKEND = "inductor"` it holds as well, and takes three minutes.
+    """
     plain = changed(spec, train__compile=False)
     fresh = ran(spec, Resident(), tmp_path / "fresh")
     assert fresh.outcome == "completed", fresh.failure
-    assert any(re.match(r"training compiled by inductor: \d graphs, in ", note) for note in fresh.notes)
+    told = r"training compiled by aot_eager: \d+ graphs, in "
+    assert any(re.match(told, note) for note in fresh.notes), fresh.notes
     assert not any("no graph fitted" in note for note in fresh.notes)
     used = Resident()
     uncompiled = ran(plain, used, tmp_path / "plain")
