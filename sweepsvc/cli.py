@@ -94,12 +94,12 @@ def launch(
 
     if rehearse and (address or detach):
         raise CannotStart("a rehearsal runs on this machine, got --address or --detach; leave them out")
-    if _runs_there(address, detach):
+    if (elsewhere := _elsewhere(address, detach)) is not None:
         from sweepsvc import remote
 
         sent = _load(file, overrides, files_are_here=False)
         errand = remote.launch_errand(sent, sweep_id or new_sweep_id(sent.name), remote.Place(home, storage))
-        raise typer.Exit(remote.send(errand, address or os.environ.get("RAY_ADDRESS") or "auto", detach))
+        raise typer.Exit(remote.send(errand, elsewhere, detach))
     sweep = _load(file, overrides)
     place = _home(home, storage)
     place.check()
@@ -112,10 +112,10 @@ def launch(
     _exit_as(lambda: session.launch(sweep, place, name, session.Joined(address)))
 
 
-def _runs_there(address: str | None, detach: bool) -> bool:
-    """Whether the driver is to run on the cluster, and not here."""
-    address = address or os.environ.get("RAY_ADDRESS")
-    return detach or (address is not None and "://" in address)
+def _elsewhere(address: str | None, detach: bool) -> str | None:
+    """The cluster that is to run the driver; None where it runs here."""
+    address = address or os.environ.get("RAY_ADDRESS") or "auto"
+    return address if detach or "://" in address else None
 
 
 @app.command()
@@ -147,12 +147,12 @@ def resume(
     from sweepsvc.resume import Selection
 
     selection = Selection(failed, tuple(trials or ()), from_scratch)
-    if _runs_there(address, detach):
+    if (elsewhere := _elsewhere(address, detach)) is not None:
         from sweepsvc import remote
 
         options = remote.ResumeOptions(add_trials, as_launched, take_over)
         errand = remote.resume_errand(sweep, selection, options, remote.Place(home, storage))
-        raise typer.Exit(remote.send(errand, address or os.environ.get("RAY_ADDRESS") or "auto", detach))
+        raise typer.Exit(remote.send(errand, elsewhere, detach))
 
     from sweepsvc import session
 

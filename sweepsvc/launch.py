@@ -212,8 +212,7 @@ class SweepRun:
 
     def ask_to_stop(self) -> None:
         """Hand out no more, and have every worker write a checkpoint and end."""
-        self._workers_asked = True
-        self._files.ask_to_stop()
+        self._ask_workers()
         self._stop_because("it was asked to stop; what runs writes a checkpoint and ends (again: at once)")
 
     def give_up(self, error: CannotContinue) -> None:
@@ -221,8 +220,11 @@ class SweepRun:
         if self.broken_by is None:
             self.broken_by = error
             self._stop_because(str(error))
-            self._workers_asked = True
-            self._files.ask_to_stop()
+            self._ask_workers()
+
+    def _ask_workers(self) -> None:
+        self._workers_asked = True
+        self._files.ask_to_stop()
 
     def _written(self, write: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T | None:
         """What `write` gives; None, and the sweep stops, where the ledger cannot be written."""

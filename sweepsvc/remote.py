@@ -199,14 +199,16 @@ def drive(file: Path, task_names: Callable[[str | None], Collection[str]]) -> Sw
 
     errand = _Sent.model_validate_json(file.read_text(encoding="utf-8")).errand
     os.chdir("/")  # Ray removes a job's working folder while the job runs
-    home, joined = _home_there(errand), session.Joined("auto", _BEGUN, getattr(errand, "git_commit", ""))
+    home = _home_there(errand)
     if isinstance(errand, LaunchErrand):
         sweep = load_sweep_text(
             errand.text, errand.source, errand.overrides, errand.base_dir, task_names=task_names
         )
         home.check()
+        joined = session.Joined("auto", _BEGUN, errand.git_commit)
         return session.launch(sweep, home, errand.sweep_id, joined)
     selection = Selection(errand.failed, errand.trials, errand.from_scratch)
+    joined = session.Joined("auto", _BEGUN)
     asked = session.Asked(selection, errand.add_trials, errand.as_launched, errand.take_over, joined)
     return session.resume(errand.sweep_id, home, asked)
 
