@@ -63,7 +63,7 @@ class ObjectStore(AsyncFileSystem):
     """As s3fs is: asynchronous, without folders, keeps listings unless told not to."""
 
     protocol = "objects"
-    objects: dict[str, bytes] = {}  # noqa: RUF012
+    objects: dict[str, bytes] = {}  # noqa: RUF012  # shared: a store is one for all
 
     async def _ls(self, path: str, detail: bool = True, **kwargs: Any) -> Any:
         if path not in self.dircache:
@@ -709,7 +709,7 @@ def test_one_that_stays_is_ours_and_is_tried_again_by_the_sweep(
     begin(tmp_path)
     storage, made = failing("memory://bucket", *[error] * 50)
     mine._store = replace(mine._store, files=storage._store.files)
-    mine._names_as_owner = lambda: set()  # type: ignore[method-assign]
+    mine._names_as_owner = lambda: set()  # type: ignore[method-assign]  # a store that lists late
     with pytest.raises(
         StorageFailed, match=rf"got {type(error).__name__}: .* \(tries: {requests}\)"
     ) as raised:

@@ -39,7 +39,7 @@ class Waiting:
 def test_no_more_is_placed_than_there_is_room_for(tmp_path: Path) -> None:
     room = [2]
     conductor = Waiting(tmp_path)
-    placed = Placed(conductor, lambda: room[0])  # type: ignore[arg-type]
+    placed = Placed(conductor, lambda: room[0])  # type: ignore[arg-type]  # only what is asked
     taken = [placed.take(name) for name in ("a", "b", "c")]
     assert [type(one) for one in taken] == [Proposal, Proposal, Later]
     assert (conductor.made, conductor.waited) == (2, 1)
