@@ -67,6 +67,10 @@ ANSWER_SECONDS = 120.0
 MOST_PENDING = 1024
 """Trials that Tune may have waiting for a worker: more than are ever placed at once."""
 
+CLIENT_TRIES = 3
+"""How often a head is asked by `ray://`: it starts a process for it, and a busy one's 30 seconds may be over
+before that answers."""
+
 _JOB_STOP_SECONDS = "120"
 """How long `ray job stop` gives a driver to have its trials write their checkpoints."""
 
@@ -315,11 +319,8 @@ class RayJobs:
     """
 
     def __init__(self, address: str) -> None:
-        with _reaching_jobs(address):
-            from ray.job_submission import JobSubmissionClient
-
-            with _without_rays_own_addresses():
-                self._client = JobSubmissionClient(address)
+        with _reaching_jobs(address), _without_rays_own_addresses():
+            self._client = _jobs_client(address)
         logging.getLogger("ray").setLevel(logging.WARNING)  # it would tell of each package that it uploads
         self._address = address
 
@@ -358,6 +359,15 @@ class RayJobs:
         return int(details.driver_exit_code)
 
 
+def _jobs_client(address: str) -> Any:
+    from ray.job_submission import JobSubmissionClient
+
+    for _ in range(CLIENT_TRIES - 1):
+        with contextlib.suppress(ConnectionAbortedError):  # the head answers, its process for us does not
+            return JobSubmissionClient(address)
+    return JobSubmissionClient(address)
+
+
 STOPPED = 4
 """The exit code of a driver that Ray was told to end: its sweep can be resumed."""
 
@@ -378,7 +388,8 @@ def _reaching_jobs(address: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ConnectionError, ValueError, OSError, ClientError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        reason = f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") else lines[0]  # the head's own traceback
         raise CannotStart(
             f"the cluster's dashboard must answer, got {address}: {reason}; check --address (the head's "
             "http://HOST:8265 or ray://HOST:10001), and that Ray was installed as ray[default] there and here"

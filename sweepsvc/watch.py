@@ -20,6 +20,7 @@ from rich.console import Console
 from sweeps.errors import CannotStart
 from sweeps.result import Progress
 from sweeps.signals import handled
+from sweeps.spec import TrialSpec
 from sweepsvc.home import Home
 from sweepsvc.nextsteps import next_steps
 from sweepsvc.owner import as_it_stands, named
@@ -250,7 +251,7 @@ class Changes:
             if told is None or told.record is None or not told.is_on or numbers == told.numbers:
                 continue
             proposal = told.record.proposal
-            for progress in newer(told.numbers, numbers, proposal.spec.steps):
+            for progress in newer(told.numbers, numbers, proposal.spec):
                 self._view.reported(proposal, progress)
             told.numbers = numbers
 
@@ -267,11 +268,13 @@ def _as_before(trial: TrialRecord) -> _Told:
     return told
 
 
-def newer(before: Mapping[str, Point], now: Mapping[str, Point], steps: int) -> list[Progress]:
+def newer(before: Mapping[str, Point], now: Mapping[str, Point], spec: TrialSpec) -> list[Progress]:
     """What `now` has that `before` had not, as the trial would have reported it: a held-out loss at its step.
 
-    Final numbers, which come with `wall_seconds` under the same names, are no report.
+    After the last step the trial is scored, which the tracker does not say. Final numbers, which come with
+    `wall_seconds` under the same names, are no report.
     """
+    steps = spec.steps
     final = now.get("wall_seconds")
     now = {name: point for name, point in now.items() if point != final}
     fresh = {name: point for name, point in now.items() if point != before.get(name)}
@@ -293,9 +296,21 @@ def newer(before: Mapping[str, Point], now: Mapping[str, Point], steps: int) -> 
             eval_loss=held_out.value if held_out else None,
             lr=numbers.get("lr"),
             tokens_per_second=numbers.get("tokens_per_second"),
+            seconds_left=_seconds_left(before, now, steps),
         )
     )
+    if step == steps and spec.evaluate.tasks:
+        made.append(Progress(phase="evaluating", step=steps, steps=steps))
     return made
+
+
+def _seconds_left(before: Mapping[str, Point], now: Mapping[str, Point], steps: int) -> float | None:
+    """Of the training, at its pace between the two; None where they do not tell one."""
+    then, last = before.get("train.loss"), now.get("train.loss")
+    if then is None or last is None or last.step <= then.step:
+        return None
+    pace = (last.at_ms - then.at_ms) / 1000 / (last.step - then.step)
+    return max(0.0, pace * (steps - last.step))
 
 
 # --- the tracker ------------------------------------------------------------------------------------

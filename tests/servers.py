@@ -37,10 +37,11 @@ INIT_SQL = ROOT / "docker" / "postgres" / "init.sql"
 def free_port() -> int:
     """A port that is free, and likely still is when a slow server comes to listen on it.
 
-    Above those that Ray gives its workers, below those that the system gives to anyone who asks for any.
+    Above those that Ray gives its workers and its clients, below those that the system gives to anyone who
+    asks for any.
     """
     while True:
-        port = 20_000 + secrets.randbelow(12_000)
+        port = 24_000 + secrets.randbelow(8_000)
         with socket.socket() as free, contextlib.suppress(OSError):
             free.bind(("127.0.0.1", port))
             return port

@@ -23,7 +23,7 @@ from sweeps.spec import TrialSpec
 from sweeps.sweep import Resources
 from sweepsvc.plain import SerialScheduler
 from sweepsvc.protocols import Later, Proposal, Scheduler
-from sweepsvc.scheduler import RayScheduler
+from sweepsvc.scheduler import CLIENT_TRIES, RayJobs, RayScheduler
 from sweepsvc.worker import Kept
 from tests.scripted import COMPLETES, DIES, FAILS, HANGS, RAISES, ScriptedTrials
 
@@ -324,3 +324,33 @@ def test_one_trial_takes_one_gpu_of_its_kind(
     assert wanting._bundle() == {"CPU": 1, "GPU": 1.0, "accelerator_type:A100": 0.001}
     assert wanting._slots() == 8
     assert RayScheduler(Resources(gpus=1, parallel=3), tmp_path)._slots() == 3
+
+
+class Head:
+    """A head that gives up so many times on the process that it starts for who comes by `ray://`."""
+
+    def __init__(self, failures: int) -> None:
+        self.left = failures
+        self.asked = 0
+
+    def __call__(self, address: str) -> Head:
+        self.asked += 1
+        if self.asked <= self.left:
+            raise ConnectionAbortedError(
+                "Initialization failure from server:\nTraceback (most recent call last):\n"
+                "RuntimeError: Proxy failed to Connect to backend!\n"
+            )
+        return self
+
+
+def test_a_busy_head_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = Head(failures=CLIENT_TRIES - 1)
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", head)
+    RayJobs("ray://head:10001")
+    assert head.asked == CLIENT_TRIES
+
+
+def test_a_head_that_fails_each_time_is_said_with_its_own_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Head(failures=CLIENT_TRIES))
+    with pytest.raises(CannotStart, match="failure from server: RuntimeError: Proxy failed to Connect"):
+        RayJobs("ray://head:10001")

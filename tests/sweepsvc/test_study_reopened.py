@@ -61,8 +61,8 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
     writes: list[str] = []
     limit = [10**9]
 
-    def armed(name: str) -> Callable[..., Any]:
-        real = getattr(RDBStorage, name)
+    def armed(kind: type, name: str) -> Callable[..., Any]:
+        real = getattr(kind, name)
 
         def write(self: Any, *arguments: Any, **options: Any) -> Any:
             if len(writes) >= limit[0]:
@@ -72,8 +72,8 @@ def killed_at(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
 
         return write
 
-    for name in WRITES:
-        monkeypatch.setattr(RDBStorage, name, armed(name))
+    for kind, name in (*((RDBStorage, name) for name in WRITES), (OptunaStudy, "_upserted")):
+        monkeypatch.setattr(kind, name, armed(kind, name))
 
     def at(number: int) -> list[str]:
         writes.clear()

@@ -16,16 +16,18 @@ from rich.console import Console
 
 from sweeps.errors import CannotStart, UnknownSweep
 from sweeps.result import Progress, TrialResult
+from sweeps.spec import EvaluateSpec, TrialSpec
 from sweepsvc import cli, watch
 from sweepsvc.home import Home
 from sweepsvc.owner import this_process
 from sweepsvc.plain import PlainStudy
-from sweepsvc.protocols import Point, Proposal, RunHistory, SweepRecord
+from sweepsvc.protocols import Point, Proposal, RunHistory, SweepRecord, SweepState
 from sweepsvc.study import OptunaStudy, StudyReader, open_study
 from sweepsvc.view import outcome_text, progress_text
 from sweepsvc.watch import Changes, Newest, newer
 from tests.sweepsvc.samples import result_of, sweep_of
 
+SPEC = TrialSpec()
 SPACE = 'space: {lora.r: [8, 32], lora.alpha: ["2*r", 1]}'
 
 
@@ -206,7 +208,7 @@ def test_numbers_are_reported_of_running_trials_alone_and_never_twice(study: Pla
     assert view.news() == ["0 training step 20/390  loss 2.5000  800 tokens/s"]
     for _ in range(2):
         changes.report({"0": numbers(21, math.nan)})
-    assert view.news() == ["0 training step 21/390  loss nan  800 tokens/s"]
+    assert view.news() == ["0 training step 21/390  loss nan  800 tokens/s  369 s left"]
     study.tell(proposal, result_of("completed", 0.5))
     changes.tell(now(study))
     view.news()
@@ -216,17 +218,35 @@ def test_numbers_are_reported_of_running_trials_alone_and_never_twice(study: Pla
 
 def test_a_held_out_loss_is_reported_once_at_its_own_step() -> None:
     held_out = {"eval.loss": Point(20, 20_500, 1.75)}
-    at_once = newer({}, numbers(20, 2.5) | held_out, 390)
+    at_once = newer({}, numbers(20, 2.5) | held_out, SPEC)
     assert [(one.step, one.train_loss, one.eval_loss) for one in at_once] == [(20, 2.5, 1.75)]
-    later = newer(numbers(20, 2.5), numbers(23, 2.0) | held_out, 390)
+    later = newer(numbers(20, 2.5), numbers(23, 2.0) | held_out, SPEC)
     assert [(one.step, one.train_loss, one.eval_loss) for one in later] == [(20, None, 1.75), (23, 2.0, None)]
-    assert newer(numbers(23, 2.0) | held_out, numbers(23, 2.0) | held_out, 390) == []
+    assert newer(numbers(23, 2.0) | held_out, numbers(23, 2.0) | held_out, SPEC) == []
+
+
+def test_after_its_last_step_a_trial_is_scored() -> None:
+    last = newer(numbers(380, 1.6), numbers(390, 1.5), SPEC)
+    assert [progress_text(one) for one in last] == [
+        "training step 390/390  loss 1.5000  800 tokens/s",
+        "evaluating",
+    ]
+    unscored = SPEC.model_copy(update={"evaluate": EvaluateSpec(tasks=())})
+    assert [one.phase for one in newer(numbers(380, 1.6), numbers(390, 1.5), unscored)] == ["training"]
+
+
+def test_the_seconds_that_are_left_are_told_by_the_pace_between_two_looks() -> None:
+    [first] = newer({}, numbers(20, 2.5), SPEC)
+    [second] = newer(numbers(20, 2.5), numbers(30, 2.0, at_ms=25_000), SPEC)
+    assert (first.seconds_left, second.seconds_left) == (None, 0.5 * 360)
+    [resumed] = newer(numbers(20, 2.5), numbers(15, 2.6, at_ms=90_000), SPEC)  # it goes on from before
+    assert resumed.seconds_left is None
 
 
 def test_final_numbers_are_no_report() -> None:
     before = numbers(390, 1.5)
     final = numbers(390, 1.5, at_ms=999_000) | {"wall_seconds": Point(390, 999_000, 60.0)}
-    assert newer(before, final, 390) == []
+    assert newer(before, final, SPEC) == []
 
 
 def test_a_tracker_that_is_away_is_said_once_and_once_that_it_is_back() -> None:
@@ -464,13 +484,17 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 @pytest.mark.parametrize(("state", "code"), [("completed", 0), ("failed", 3), ("interrupted", 4)])
 def test_a_sweep_that_has_ended_is_shown_with_the_exit_code_of_launch(
-    home: Home, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], state: str, code: int
+    home: Home,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    state: SweepState,
+    code: int,
 ) -> None:
     driver = opened(home)
     proposal = next_of(driver)
     driver.started(proposal)
     driver.tell(proposal, result_of("completed", 0.5))
-    driver.close(state)  # type: ignore[arg-type]
+    driver.close(state)
     assert run(monkeypatch, "watch", "demo") == code
     shown = capsys.readouterr().out
     assert f"demo-1: {state}" in shown
