@@ -11,7 +11,10 @@ VENV   := .venv
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip -qq --disable-pip-version-check --no-input
 PYTEST := $(RUN) -m pytest
-BOTH   := -n 2 --dist worksteal  # most tests are one process that waits, or computes with one thread
+# Most tests are one process that waits, or computes with one thread. Those of the slow tier that share what is
+# slow to make say so (xdist_group), and have it made once.
+UNIT   := $(PYTEST) -n 2 --dist worksteal -m "not slow"
+SLOW   := $(PYTEST) -n 2 --dist loadgroup -m slow
 STAMP  := $(VENV)/.installed
 
 # The first Python that will do; `make PYTHON=/path/to/python ...` picks another.
@@ -26,14 +29,14 @@ quickstart: $(STAMP)  ## install, run the quickstart sweep, print its results
 	@$(RUN) -m sweepsvc launch search_spaces/quickstart.yaml
 
 test: $(STAMP)  ## install, run every test: the unit tier, then the slow tier
-	$(PYTEST) $(BOTH) -m "not slow" $(ARGS)
-	$(PYTEST) $(BOTH) -m slow $(ARGS)
+	$(UNIT) $(ARGS)
+	$(SLOW) $(ARGS)
 
 unit: $(STAMP)  ## the unit tier alone; make unit ARGS="-k batches" narrows it
-	$(PYTEST) $(BOTH) -m "not slow" $(ARGS)
+	$(UNIT) $(ARGS)
 
 slow: $(STAMP)  ## the slow tier alone: real libraries, end to end
-	$(PYTEST) $(BOTH) -m slow $(ARGS)
+	$(SLOW) $(ARGS)
 
 check: $(STAMP)  ## format, lint, types, import floors
 	$(RUN) -m ruff format --check

@@ -161,6 +161,7 @@ def measure(
             record = drive(run, scheduler)
         told = time.perf_counter()
     assert record.state == "completed", record.state
+    assert "in the outbox" not in (place / "log").read_text("utf-8"), "the tracker did not hear everything"
     assert len(run.ends) == trials
     return run.ends, told, time.perf_counter() - start
 

@@ -308,7 +308,7 @@ def _try_before_use(engine: Engine) -> None:
 
     @event.listens_for(engine, "checkout")
     def try_if_idle(connection: Any, record: Any, proxy: Any) -> None:
-        if time.monotonic() - record.info.get("used", math.inf) < IDLE_SECONDS:
+        if time.monotonic() - record.info.get("used", -math.inf) < IDLE_SECONDS:
             return
         try:
             engine.dialect.do_ping(connection)
@@ -690,21 +690,23 @@ class OptunaStudy:
 
         Optuna takes four, and we one more for the owner. False where nothing was written.
         """
-        if self._engine is None or self._engine.dialect.name not in ("sqlite", "postgresql"):
+        dialect = "" if self._engine is None else self._engine.dialect.name
+        if dialect not in ("sqlite", "postgresql"):
             return False
+        # SQLite lets one write at a time; Postgres is told that nobody may take the sweep over meanwhile.
+        hold = " FOR SHARE" if dialect == "postgresql" else ""
         with _writing():
-            written = self._execute(
+            written = self._change(
                 "INSERT INTO trial_user_attributes (trial_id, key, value_json) SELECT :trial, :name, :value "
                 "WHERE EXISTS (SELECT 1 FROM study_user_attributes "
-                "WHERE study_id = :study AND key = 'owner' AND value_json = :owner) "
-                "ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json "
-                "RETURNING trial_id",
+                f"WHERE study_id = :study AND key = 'owner' AND value_json = :owner{hold}) "
+                "ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json",
                 trial=trial_id,
                 name=name,
                 value=json.dumps(value),
                 owner=json.dumps(self._owner),
             )
-        return bool(written)
+        return written > 0
 
     def _write_baseline(self, key: str, entry: Mapping[str, Any]) -> None:
         """All of a baseline is one attribute, so it is one write."""
@@ -779,29 +781,28 @@ class OptunaStudy:
 
     def _attributes(self, *keys: str) -> Mapping[str, str]:
         """Those attributes of the study, and no other: a sweep may have thousands."""
-        rows = self._execute(
-            "SELECT key, value_json FROM study_user_attributes WHERE study_id = :study AND key IN :keys",
-            keys=keys,
-        )
-        return {key: json.loads(value) for key, value in rows}
+        wanted = text(
+            "SELECT key, value_json FROM study_user_attributes WHERE study_id = :study AND key IN :keys"
+        ).bindparams(bindparam("keys", expanding=True))
+        if self._engine is None:  # in memory, nobody else can see or ask
+            return {}
+        with self._engine.connect() as connection:
+            rows = connection.execute(wanted, {"study": self._study_id, "keys": keys})
+            return {key: json.loads(value) for key, value in rows}
 
     def _say_alive(self) -> None:
-        self._execute(
+        self._change(
             "UPDATE study_user_attributes SET value_json = :now "
             "WHERE study_id = :study AND key = 'heartbeat'",
             now=json.dumps(_now()),
         )
 
-    def _execute(self, words: str, **values: Any) -> Sequence[Any]:
-        """In a connection of its own: any thread may."""
-        if self._engine is None:  # in memory, nobody else can see or ask
-            return []
-        statement = text(words)
-        if "keys" in values:
-            statement = statement.bindparams(bindparam("keys", expanding=True))
+    def _change(self, words: str, **values: Any) -> int:
+        """How many rows the statement has changed. In a connection of its own: any thread may."""
+        if self._engine is None:
+            return 0
         with self._engine.connect() as connection:
-            done = connection.execute(statement, {"study": self._study_id, **values})
-            return list(done) if done.returns_rows else []
+            return int(connection.execute(text(words), {"study": self._study_id, **values}).rowcount)
 
     def discard(self) -> None:
         """Take the study back: the sweep could not start, so there is nothing to see of it."""

@@ -20,7 +20,6 @@ from rich.console import Console
 from sweeps.errors import CannotStart
 from sweeps.result import Progress
 from sweeps.signals import handled
-from sweeps.spec import TrialSpec
 from sweepsvc.home import Home
 from sweepsvc.nextsteps import next_steps
 from sweepsvc.owner import as_it_stands, named
@@ -177,13 +176,19 @@ class Patient:
 
 @dataclass
 class _Told:
-    """What a view has heard of one trial. `numbers` are the newest that were reported."""
+    """What a view has heard of one trial.
+
+    `numbers` are the newest that were reported, in attempt number `reported`; `is_scored`, that this attempt
+    has come to its evaluation.
+    """
 
     record: TrialRecord | None = None
     attempts: int = 0
     setbacks: int = 0
     is_on: bool = False
     has_ended: bool = False
+    is_scored: bool = False
+    reported: int = 0
     numbers: Mapping[str, Point] = field(default_factory=dict)
 
 
@@ -234,7 +239,7 @@ class Changes:
     def _start(self, trial: TrialRecord, told: _Told) -> None:
         self._view.started(trial.proposal)
         told.attempts += 1
-        told.is_on, told.has_ended = True, False
+        told.is_on, told.has_ended, told.is_scored = True, False, False
 
     def running(self) -> dict[str, str]:
         """The tracker's run of each trial that is running and has one, by the trial's key."""
@@ -250,10 +255,17 @@ class Changes:
             told = self._told.get(key)
             if told is None or told.record is None or not told.is_on or numbers == told.numbers:
                 continue
-            proposal = told.record.proposal
-            for progress in newer(told.numbers, numbers, proposal.spec):
+            proposal, steps = told.record.proposal, told.record.proposal.spec.steps
+            made = newer(told.numbers, numbers, steps, one_attempt=told.reported == told.attempts)
+            # The tracker does not say that a trial is scored: it is, after its last step. Of a trial that was
+            # tried before somebody looked, that step may be the earlier attempt's.
+            are_its_own = told.attempts == 1 or told.numbers
+            if made and made[-1].step == steps and are_its_own and proposal.spec.evaluate.tasks:
+                made += [] if told.is_scored else [Progress(phase="evaluating", step=steps, steps=steps)]
+                told.is_scored = True
+            for progress in made:
                 self._view.reported(proposal, progress)
-            told.numbers = numbers
+            told.numbers, told.reported = numbers, told.attempts
 
 
 def _all(record: SweepRecord) -> Sequence[TrialRecord]:
@@ -268,13 +280,14 @@ def _as_before(trial: TrialRecord) -> _Told:
     return told
 
 
-def newer(before: Mapping[str, Point], now: Mapping[str, Point], spec: TrialSpec) -> list[Progress]:
+def newer(
+    before: Mapping[str, Point], now: Mapping[str, Point], steps: int, one_attempt: bool = True
+) -> list[Progress]:
     """What `now` has that `before` had not, as the trial would have reported it: a held-out loss at its step.
 
-    After the last step the trial is scored, which the tracker does not say. Final numbers, which come with
-    `wall_seconds` under the same names, are no report.
+    Final numbers, which come with `wall_seconds` under the same names, are no report. Between two attempts
+    there is no pace to tell the seconds that are left by.
     """
-    steps = spec.steps
     final = now.get("wall_seconds")
     now = {name: point for name, point in now.items() if point != final}
     fresh = {name: point for name, point in now.items() if point != before.get(name)}
@@ -296,11 +309,9 @@ def newer(before: Mapping[str, Point], now: Mapping[str, Point], spec: TrialSpec
             eval_loss=held_out.value if held_out else None,
             lr=numbers.get("lr"),
             tokens_per_second=numbers.get("tokens_per_second"),
-            seconds_left=_seconds_left(before, now, steps),
+            seconds_left=_seconds_left(before, now, steps) if one_attempt else None,
         )
     )
-    if step == steps and spec.evaluate.tasks:
-        made.append(Progress(phase="evaluating", step=steps, steps=steps))
     return made
 
 

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 
 from tests.cluster.conftest import Team, WriteSweep, until
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("a cluster")]
 
 
 def status(team: Team, sweep_id: str) -> dict[str, Any]:

@@ -90,13 +90,15 @@ def test_a_sweep_is_followed_through_pipes_and_on_a_terminal_to_its_end(
     driver = place.launch()
     try:
         driver.wait_for(is_in(place, "0", "training", 3))
+        os.kill(driver.pid, signal.SIGSTOP)  # no trial begins or ends before everybody looks on
         watched = Follower(place, elsewhere, "watch", "tiny")
         table = Follower(place, elsewhere, "watch", on_terminal=True)
         left = Follower(place, elsewhere, "watch")
         followers += [watched, table, left]
-        until(lambda: "Ctrl-C ends the watching alone" in left.text)
+        until(lambda: all("Ctrl-C ends the watching alone" in one.text for one in (watched, table, left)))
         left.process.send_signal(signal.SIGINT)
         assert left.wait() == 0, left.text
+        os.kill(driver.pid, signal.SIGCONT)
         assert left.text.splitlines()[-1].startswith("the watching has ended, the sweep tiny-1 has not")
         driver.wait_for(is_in(place, "1", "training", 3))
         told = Follower(place, elsewhere, "logs", SWEEP_ID, "--trial", "1", "-f")

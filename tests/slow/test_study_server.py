@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import create_engine, event, text
 
+from sweeps.errors import TakenOver
 from sweepsvc import study as ledger
 from sweepsvc.study import OptunaStudy, load_record, open_study
 from tests.servers import Postgres
@@ -52,16 +54,42 @@ def test_one_in_steady_use_is_not(postgres: Postgres, monkeypatch: pytest.Monkey
     monkeypatch.setattr(ledger, "IDLE_SECONDS", 3600.0)
     study = open_study(SWEEP, "steady-1", postgres.study_url, {"owner": "me"})
     run_a_trial(study)
-    engine: Any = study._storage.engine  # type: ignore[attr-defined]  # of a database, as this one is
+    engines: list[Any] = [study._engine, study._storage.engine]  # type: ignore[attr-defined]  # of a database
     pings: list[object] = []
-    monkeypatch.setattr(engine.dialect, "do_ping", lambda connection: pings.append(connection) or True)
     statements: list[str] = []
-
-    @event.listens_for(engine, "before_cursor_execute")
-    def note(_: Any, __: Any, statement: str, *___: Any) -> None:
-        statements.append(statement)
-
+    for engine in engines:
+        monkeypatch.setattr(engine.dialect, "do_ping", pings.append)
+        event.listen(
+            engine, "before_cursor_execute", lambda _, __, statement, *___: statements.append(statement)
+        )
     run_a_trial(study)
     assert pings == []
-    assert len(statements) < 24
+    assert len(statements) == 21  # of them 12 for a new trial with two parameters, by Optuna
     study.close("interrupted")
+
+
+def test_nobody_takes_a_sweep_over_in_the_middle_of_a_write(postgres: Postgres) -> None:
+    """The write holds the owner's row: who takes over waits for it, and then sees what was written."""
+    study = open_study(SWEEP, "held-1", postgres.study_url, {"owner": "me"})
+    proposal = study.ask()
+    assert proposal is not None
+    other = create_engine(postgres.study_url)
+    with other.begin() as taking:  # not yet committed
+        taking.execute(text("UPDATE study_user_attributes SET value_json = '\"you\"' WHERE key = 'owner'"))
+        writing = threading.Thread(target=lambda: errors.append(_raised(lambda: study.started(proposal))))
+        errors: list[BaseException | None] = []
+        writing.start()
+        writing.join(0.5)
+        assert writing.is_alive(), "it waits for whom it may belong to"
+    writing.join(30)
+    assert isinstance(errors[0], TakenOver)
+    assert load_record("held-1", postgres.study_url).trials[0].state == "waiting"
+    other.dispose()
+
+
+def _raised(work: Callable[[], object]) -> BaseException | None:
+    try:
+        work()
+    except TakenOver as error:
+        return error
+    return None

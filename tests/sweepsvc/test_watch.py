@@ -16,7 +16,6 @@ from rich.console import Console
 
 from sweeps.errors import CannotStart, UnknownSweep
 from sweeps.result import Progress, TrialResult
-from sweeps.spec import EvaluateSpec, TrialSpec
 from sweepsvc import cli, watch
 from sweepsvc.home import Home
 from sweepsvc.owner import this_process
@@ -27,7 +26,6 @@ from sweepsvc.view import outcome_text, progress_text
 from sweepsvc.watch import Changes, Newest, newer
 from tests.sweepsvc.samples import result_of, sweep_of
 
-SPEC = TrialSpec()
 SPACE = 'space: {lora.r: [8, 32], lora.alpha: ["2*r", 1]}'
 
 
@@ -218,35 +216,77 @@ def test_numbers_are_reported_of_running_trials_alone_and_never_twice(study: Pla
 
 def test_a_held_out_loss_is_reported_once_at_its_own_step() -> None:
     held_out = {"eval.loss": Point(20, 20_500, 1.75)}
-    at_once = newer({}, numbers(20, 2.5) | held_out, SPEC)
+    at_once = newer({}, numbers(20, 2.5) | held_out, 390)
     assert [(one.step, one.train_loss, one.eval_loss) for one in at_once] == [(20, 2.5, 1.75)]
-    later = newer(numbers(20, 2.5), numbers(23, 2.0) | held_out, SPEC)
+    later = newer(numbers(20, 2.5), numbers(23, 2.0) | held_out, 390)
     assert [(one.step, one.train_loss, one.eval_loss) for one in later] == [(20, None, 1.75), (23, 2.0, None)]
-    assert newer(numbers(23, 2.0) | held_out, numbers(23, 2.0) | held_out, SPEC) == []
+    assert newer(numbers(23, 2.0) | held_out, numbers(23, 2.0) | held_out, 390) == []
 
 
-def test_after_its_last_step_a_trial_is_scored() -> None:
-    last = newer(numbers(380, 1.6), numbers(390, 1.5), SPEC)
-    assert [progress_text(one) for one in last] == [
-        "training step 390/390  loss 1.5000  800 tokens/s",
-        "evaluating",
+def test_after_its_last_step_a_trial_is_scored(study: PlainStudy) -> None:
+    view = Heard()
+    proposal = next_of(study)
+    study.started(proposal)
+    study.tracked("0", "run-0")
+    changes = Changes(view, now(study))
+    for step, at_ms in ((380, 380_000), (390, 390_000), (390, 390_001)):
+        changes.report({"0": numbers(step, 1.5, at_ms)})
+    assert [line.split("  ")[0] for line in view.news()] == [
+        "0 started",
+        "0 training step 380/390",
+        "0 training step 390/390",
+        "0 evaluating",
+        "0 training step 390/390",
     ]
-    unscored = SPEC.model_copy(update={"evaluate": EvaluateSpec(tasks=())})
-    assert [one.phase for one in newer(numbers(380, 1.6), numbers(390, 1.5), unscored)] == ["training"]
+    study.setback(proposal, "process_lost: gone")
+    study.started(proposal)  # from a checkpoint before its last step
+    changes.tell(now(study))
+    view.news()
+    changes.report({"0": numbers(390, 1.5, 390_001)})  # those of the first attempt
+    assert view.news() == []
+    changes.report({"0": numbers(390, 1.5, 395_000)})
+    assert view.news() == ["0 training step 390/390  loss 1.5000  800 tokens/s", "0 evaluating"]
+
+
+def test_the_last_step_of_an_attempt_that_nobody_saw_says_nothing_of_this_one(study: PlainStudy) -> None:
+    proposal = next_of(study)
+    study.started(proposal)
+    study.setback(proposal, "evaluation_failed: no such task")
+    study.started(proposal)
+    study.tracked("0", "run-0")
+    view = Heard()
+    changes = Changes(view, now(study))
+    changes.report({"0": numbers(390, 1.5)})
+    assert "0 evaluating" not in view.news()
+
+
+def test_no_pace_is_told_from_one_attempt_to_the_next(study: PlainStudy) -> None:
+    view = Heard()
+    proposal = next_of(study)
+    study.started(proposal)
+    study.tracked("0", "run-0")
+    changes = Changes(view, now(study))
+    changes.report({"0": numbers(200, 1.5)})
+    study.setback(proposal, "process_lost: gone")
+    study.started(proposal)
+    changes.tell(now(study))
+    view.news()
+    changes.report({"0": numbers(203, 1.5, at_ms=313_000)})
+    assert view.news() == ["0 training step 203/390  loss 1.5000  800 tokens/s"]
+    changes.report({"0": numbers(213, 1.5, at_ms=323_000)})
+    assert view.news() == ["0 training step 213/390  loss 1.5000  800 tokens/s  177 s left"]
 
 
 def test_the_seconds_that_are_left_are_told_by_the_pace_between_two_looks() -> None:
-    [first] = newer({}, numbers(20, 2.5), SPEC)
-    [second] = newer(numbers(20, 2.5), numbers(30, 2.0, at_ms=25_000), SPEC)
+    [first] = newer({}, numbers(20, 2.5), 390)
+    [second] = newer(numbers(20, 2.5), numbers(30, 2.0, at_ms=25_000), 390)
     assert (first.seconds_left, second.seconds_left) == (None, 0.5 * 360)
-    [resumed] = newer(numbers(20, 2.5), numbers(15, 2.6, at_ms=90_000), SPEC)  # it goes on from before
-    assert resumed.seconds_left is None
 
 
 def test_final_numbers_are_no_report() -> None:
     before = numbers(390, 1.5)
     final = numbers(390, 1.5, at_ms=999_000) | {"wall_seconds": Point(390, 999_000, 60.0)}
-    assert newer(before, final, SPEC) == []
+    assert newer(before, final, 390) == []
 
 
 def test_a_tracker_that_is_away_is_said_once_and_once_that_it_is_back() -> None:
