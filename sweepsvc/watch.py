@@ -57,7 +57,8 @@ def watch(prefix: str | None, home: Home) -> SweepRecord | None:
     study = StudyReader(prefix, home.study_url)
     record = as_it_stands(read_again(study))
     try:
-        with handled(signal.default_int_handler, signal.SIGTERM):
+        # Ctrl-C too: a shell has what it starts in the background ignore it, and so would Python.
+        with handled(signal.default_int_handler, signal.SIGINT, signal.SIGTERM):
             if record.state == "running":
                 record = _watched(study, record, home, console)
             _say(console, results(record, console))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from sweeps.signals import handled
 from tests.faults.conftest import MakePlace
 from tests.faults.harness import ROOT, SWEEP_ID, Place, is_in
 from tests.mlflow_server import Server, until
@@ -39,13 +40,14 @@ class Follower:
         ours, theirs = pty.openpty() if on_terminal else os.pipe()
         if on_terminal:
             fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "sweepsvc", *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdout=theirs,
-            stderr=subprocess.STDOUT,
-        )
+        with handled(signal.SIG_IGN, signal.SIGINT):  # as a shell has it for what runs in the background
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "sweepsvc", *arguments],
+                cwd=ROOT,
+                env=environment,
+                stdout=theirs,
+                stderr=subprocess.STDOUT,
+            )
         os.close(theirs)
         self._chunks: list[bytes] = []
         self._reader = threading.Thread(target=self._read, args=(ours,), daemon=True)
@@ -74,6 +76,7 @@ def followers(tmp_path: Path) -> Iterator[list[Follower]]:
     for one in made:
         if one.process.poll() is None:
             one.process.kill()
+            one.process.wait()
     assert not (tmp_path / "elsewhere").exists()
 
 
