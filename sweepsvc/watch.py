@@ -37,6 +37,9 @@ SETTLING_POLLS = 5
 SHARE = 0.1
 """Of the time, at most, is spent on reading: where a reading takes long, the next one comes later."""
 
+LEAVING_SECONDS = 5.0
+"""How long somebody who leaves waits for the tracker's last answer, at most."""
+
 TABLE_ROWS = 20
 """As many trials that ended before are shown in a table; more of them are counted in a line."""
 
@@ -352,6 +355,8 @@ class Newest:
         with self._changed:
             self._is_over = True
             self._changed.notify_all()
+        # A thread that is in a library's native code while Python ends takes the process down with an abort.
+        self._thread.join(LEAVING_SECONDS)
 
     def want(self, runs: Mapping[str, str]) -> None:
         """From now on, ask for these runs of trials, by the trials' keys."""

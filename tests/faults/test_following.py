@@ -149,7 +149,7 @@ def test_a_sweep_is_followed_through_pipes_and_on_a_terminal_to_its_end(
 def test_a_tracker_that_is_stopped_and_started_again_is_said_and_the_study_goes_on(
     make_place: MakePlace, followers: list[Follower], tmp_path: Path, server: Server
 ) -> None:
-    place = make_place(steps=600, trials=2, tracking_uri=server.url)
+    place = make_place(steps=600, trials=3, tracking_uri=server.url)
     driver = place.launch()
     try:
         driver.wait_for(is_in(place, "0", "training", 3))
@@ -159,7 +159,9 @@ def test_a_tracker_that_is_stopped_and_started_again_is_said_and_the_study_goes_
         server.stop()
         until(lambda: "the tracker does not answer" in watched.text)
         until(lambda: re.search(r"trial 0 .* completed", watched.text), seconds=120)
+        os.kill(driver.pid, signal.SIGSTOP)  # so that trials are left for when the server is back
         server.start()
+        os.kill(driver.pid, signal.SIGCONT)
         until(lambda: "the tracker answers again" in watched.text, seconds=120)
         assert driver.wait() == 0, driver.everything
     finally:
