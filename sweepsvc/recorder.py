@@ -324,8 +324,7 @@ class MlflowRecorder:
     def _final_metrics(self, run: Run | None, result: TrialResult, at_ms: int) -> list[Metric]:
         """The result's numbers, but for those that an earlier end has recorded; a new run has none."""
         held: Mapping[str, float] = run.data.metrics if run is not None else {}
-        # The first is in every result, and in no report: without it this is the first end.
-        if run is None or "wall_seconds" not in held:
+        if run is None or "wall_seconds" not in held:  # it is in every result and in no report: the first end
             return _metrics(result.metrics(), result.steps, at_ms)
         # MLflow shows the number of the highest step, be it of an attempt that went further and failed.
         step = max(result.steps, *(self._last_step(run, name) for name in ("wall_seconds", *_LOSSES)))

@@ -781,11 +781,11 @@ class OptunaStudy:
 
     def _attributes(self, *keys: str) -> Mapping[str, str]:
         """Those attributes of the study, and no other: a sweep may have thousands."""
+        if self._engine is None:  # in memory, nobody else can see or ask
+            return {}
         wanted = text(
             "SELECT key, value_json FROM study_user_attributes WHERE study_id = :study AND key IN :keys"
         ).bindparams(bindparam("keys", expanding=True))
-        if self._engine is None:  # in memory, nobody else can see or ask
-            return {}
         with self._engine.connect() as connection:
             rows = connection.execute(wanted, {"study": self._study_id, "keys": keys})
             return {key: json.loads(value) for key, value in rows}

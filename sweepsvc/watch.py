@@ -264,8 +264,9 @@ class Changes:
             # The tracker does not say that a trial is scored: it is, after its last step. Of a trial that was
             # tried before somebody looked, that step may be the earlier attempt's.
             are_its_own = told.attempts == 1 or told.numbers
-            if made and made[-1].step == steps and are_its_own and proposal.spec.evaluate.tasks:
-                made += [] if told.is_scored else [Progress(phase="evaluating", step=steps, steps=steps)]
+            is_through = bool(made) and made[-1].step == steps and are_its_own
+            if is_through and not told.is_scored and proposal.spec.evaluate.tasks:
+                made.append(Progress(phase="evaluating", step=steps, steps=steps))
                 told.is_scored = True
             for progress in made:
                 self._view.reported(proposal, progress)

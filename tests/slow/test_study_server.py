@@ -54,7 +54,7 @@ def test_one_in_steady_use_is_not(postgres: Postgres, monkeypatch: pytest.Monkey
     monkeypatch.setattr(ledger, "IDLE_SECONDS", 3600.0)
     study = open_study(SWEEP, "steady-1", postgres.study_url, {"owner": "me"})
     run_a_trial(study)
-    engines: list[Any] = [study._engine, study._storage.engine]  # type: ignore[attr-defined]  # of a database
+    engines: list[Any] = [study._engine, study._storage.engine]  # type: ignore[attr-defined]  # a database has one
     pings: list[object] = []
     statements: list[str] = []
     for engine in engines:
@@ -76,8 +76,8 @@ def test_nobody_takes_a_sweep_over_in_the_middle_of_a_write(postgres: Postgres) 
     other = create_engine(postgres.study_url)
     with other.begin() as taking:  # not yet committed
         taking.execute(text("UPDATE study_user_attributes SET value_json = '\"you\"' WHERE key = 'owner'"))
-        writing = threading.Thread(target=lambda: errors.append(_raised(lambda: study.started(proposal))))
         errors: list[BaseException | None] = []
+        writing = threading.Thread(target=lambda: errors.append(_raised(lambda: study.started(proposal))))
         writing.start()
         writing.join(0.5)
         assert writing.is_alive(), "it waits for whom it may belong to"

@@ -439,9 +439,8 @@ def test_a_run_ends_even_if_an_artifact_cannot_be_kept(
         recorder.end(run_id, proposals[1], result_of("completed", 0.5), folder)
     assert run_of(uri, sweep, proposals[1]).info.status == "FINISHED"
     monkeypatch.undo()
-    recorder.end(
-        run_id, proposals[1], result_of("completed", 0.5), folder
-    )  # what had come through is not doubled
+    # What had come through is not doubled.
+    recorder.end(run_id, proposals[1], result_of("completed", 0.5), folder)
     client = MlflowClient(uri, uri)
     assert len(client.get_metric_history(run_id, "wall_seconds")) == 1
     assert "result.json" in {file.path for file in client.list_artifacts(run_id)}

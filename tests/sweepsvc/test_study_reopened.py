@@ -335,7 +335,8 @@ def test_a_database_that_is_away_for_a_moment_does_not_stop_a_driver(
         raise sqlite3.OperationalError("the server restarts")
 
     with monkeypatch.context() as patched:
-        patched.setattr(OptunaStudy, "_attributes", away)
+        for asks in ("_attributes", "_change"):
+            patched.setattr(OptunaStudy, asks, away)
         assert study.heartbeat() is False
     assert study.heartbeat() is False
 

@@ -97,6 +97,14 @@ def next_of(study: PlainStudy | OptunaStudy) -> Proposal:
     return proposal
 
 
+def looked_at(study: PlainStudy) -> tuple[Heard, Proposal, Changes]:
+    """A trial that has started and has a run, and somebody who looks on from here."""
+    view, proposal = Heard(), next_of(study)
+    study.started(proposal)
+    study.tracked(proposal.key, f"run-{proposal.key}")
+    return view, proposal, Changes(view, now(study))
+
+
 def numbers(step: int, loss: float, at_ms: int | None = None) -> dict[str, Point]:
     when = 1_000 * step if at_ms is None else at_ms
     return {"train.loss": Point(step, when, loss), "tokens_per_second": Point(step, when, 800.0)}
@@ -224,11 +232,7 @@ def test_a_held_out_loss_is_reported_once_at_its_own_step() -> None:
 
 
 def test_after_its_last_step_a_trial_is_scored(study: PlainStudy) -> None:
-    view = Heard()
-    proposal = next_of(study)
-    study.started(proposal)
-    study.tracked("0", "run-0")
-    changes = Changes(view, now(study))
+    view, proposal, changes = looked_at(study)
     for step, at_ms in ((380, 380_000), (390, 390_000), (390, 390_001)):
         changes.report({"0": numbers(step, 1.5, at_ms)})
     assert [line.split("  ")[0] for line in view.news()] == [
@@ -261,11 +265,7 @@ def test_the_last_step_of_an_attempt_that_nobody_saw_says_nothing_of_this_one(st
 
 
 def test_no_pace_is_told_from_one_attempt_to_the_next(study: PlainStudy) -> None:
-    view = Heard()
-    proposal = next_of(study)
-    study.started(proposal)
-    study.tracked("0", "run-0")
-    changes = Changes(view, now(study))
+    view, proposal, changes = looked_at(study)
     changes.report({"0": numbers(200, 1.5)})
     study.setback(proposal, "process_lost: gone")
     study.started(proposal)
