@@ -14,13 +14,13 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 from ray import tune
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError, RayTaskError
 from ray.tune import Callback, CheckpointConfig, FailureConfig, RunConfig, Trainable, TuneConfig, Tuner
 from ray.tune.error import TuneError
 from ray.tune.experiment import Trial
@@ -63,6 +63,10 @@ NODES_SECONDS = 5.0
 
 ANSWER_SECONDS = 120.0
 """How long a node may take to run a check, the start of a process included."""
+
+ANSWER_TRIES = 3
+"""How often a node is asked that failed to run a check: one that has just joined, or one that is gone, which
+Ray notices after some 15 seconds."""
 
 MOST_PENDING = 1024
 """Trials that Tune may have waiting for a worker: more than are ever placed at once."""
@@ -143,16 +147,24 @@ class RayScheduler:
     def on_each_node(self, work: Callable[..., T], *arguments: object) -> Mapping[Node, T]:
         """What `work`, a function of a module of ours, gives on each machine that can hold a trial.
 
-        Raises `CannotStart` where a machine does not answer in `ANSWER_SECONDS`, or `work` raises there.
+        A machine that goes away meanwhile is left out. Raises `CannotStart` where one that stays does not
+        answer in `ANSWER_SECONDS`, or `work` raises there.
         """
-        remote = ray.remote(num_cpus=0, max_retries=0)(work)
-        asked = {
-            node: remote.options(
-                scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False)
-            ).remote(*arguments)
-            for node in self.nodes()
-        }
-        return {node: _answer(node, answer) for node, answer in asked.items()}
+        heard: dict[Node, T] = {}
+        failed: dict[Node, RayError] = {}
+        for _ in range(ANSWER_TRIES):
+            failed.clear()
+            for node, answer in _ask(work, arguments, [node for node in self.nodes() if node not in heard]):
+                try:
+                    heard[node] = ray.get(answer, timeout=ANSWER_SECONDS)
+                except (GetTimeoutError, RayTaskError) as error:
+                    raise _no_answer(node, error) from error
+                except RayError as error:
+                    failed[node] = error
+            if not failed:
+                return heard
+        node, failure = next(iter(failed.items()))
+        raise _no_answer(node, failure) from failure
 
     def run(self, conductor: Conductor) -> None:
         """Run until the conductor has nothing left and every placed proposal has ended.
@@ -282,15 +294,23 @@ def _nodes() -> list[dict[str, float]]:
     return [node["Resources"] for node in _alive()]
 
 
-def _answer(node: Node, answer: Any) -> Any:
-    try:
-        return ray.get(answer, timeout=ANSWER_SECONDS)
-    except RayError as error:
-        reason = str(getattr(error, "cause", None) or error).strip().rpartition("\n")[2]
-        raise CannotStart(
-            f"every machine of the cluster must answer, got {type(error).__name__} from {node.name}: "
-            f"{reason}; take it out of the cluster, or mend it"
-        ) from error
+def _ask(
+    work: Callable[..., T], arguments: Sequence[object], nodes: Iterable[Node]
+) -> list[tuple[Node, Any]]:
+    remote = ray.remote(num_cpus=0, max_retries=0)(work)
+    asked = []
+    for node in nodes:
+        there = NodeAffinitySchedulingStrategy(node.id, soft=False)
+        asked.append((node, remote.options(scheduling_strategy=there).remote(*arguments)))
+    return asked
+
+
+def _no_answer(node: Node, error: RayError) -> CannotStart:
+    reason = str(getattr(error, "cause", None) or error).strip().rpartition("\n")[2]
+    return CannotStart(
+        f"every machine of the cluster must answer, got {type(error).__name__} from {node.name}: {reason}; "
+        "take it out of the cluster, or mend it"
+    )
 
 
 def _is_a_job() -> bool:

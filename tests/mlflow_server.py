@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import socket
 import subprocess
-import time
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 
 from sweepsvc.recorder import ui_command
+from tests.waiting import until
 
 
 class Server:
@@ -41,10 +40,3 @@ class Server:
             self._process.wait(30)
             until(lambda: not self._answers(), seconds=30)
         self._process = None
-
-
-def until(is_so: Callable[[], object], seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not is_so():
-        assert time.monotonic() < deadline, f"waited {seconds} s in vain"
-        time.sleep(0.05)

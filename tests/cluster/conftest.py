@@ -6,7 +6,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -60,13 +60,6 @@ class Team:
     def start(self, *words: str, more: Mapping[str, str] | None = None) -> Command:
         environment = plain_environment(**{**self.stores, **self.rays.access, **(more or {})})
         return Command(words, environment, self.laptop)
-
-
-def until(happened: Callable[[], object], seconds: float = 300) -> None:
-    deadline = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < deadline, "waited in vain"
-        time.sleep(0.3)
 
 
 class Said(str):

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from tests.cluster.conftest import Team, WriteSweep, until
+from tests.cluster.conftest import Team, WriteSweep
+from tests.waiting import until
 
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("a cluster")]
 
@@ -39,7 +40,7 @@ def test_a_node_is_lost_and_every_trial_ends_once(
     assert said.code == 0, said
     assert "it goes on without this command" in said
     assert team.postgres.passwords["study"] not in said
-    until(lambda: len(team.checkpoints("lost-1")) >= 3)  # all three nodes have one under way
+    until(lambda: len(team.checkpoints("lost-1")) >= 3, 300)  # all three nodes have one under way
     team.rays.nodes["two"].kill()
     watched = team.run("watch", "lost-1")
     assert watched.code == 0, watched
@@ -75,7 +76,9 @@ def test_two_sweeps_at_once_do_not_disturb_each_other(
     address = ["--address", team.rays.dashboard]
     files = {name: write_sweep(team, name, steps=8, trials=2) for name in ("left", "right")}
     begun = [team.start("launch", str(file), "--id", name, *address) for name, file in files.items()]
-    assert [one.wait().code for one in begun] == [0, 0], [one.text for one in begun]
+    for command in begun:
+        said = command.wait()
+        assert said.code == 0, said
     for name in files:
         found = status(team, name)
         assert [trial["state"] for trial in found["trials"]] == ["completed"] * 2
@@ -97,8 +100,19 @@ def test_one_kind_of_gpu_is_kept_to(team: Team, write_sweep: WriteSweep) -> None
     ended = [line for line in said.splitlines() if "completed:" in line]
     order = [line for line in said.splitlines() if line in (*started, *ended)]
     assert [line in started for line in order] == [True, False] * 3, "one at a time: there is one such node"
+
+
+def test_a_machine_that_has_just_gone_keeps_no_sweep_from_starting(
+    team: Team, write_sweep: WriteSweep
+) -> None:
+    """Ray takes it for alive for some 15 seconds more."""
+    alive = team.rays.count_alive()
     team.rays.nodes["kind"].kill()
-    team.rays.wait_for(3)
+    assert team.rays.count_alive() == alive
+    file = write_sweep(team, "gone", steps=4, trials=1)
+    said = team.run("launch", str(file), "--id", "gone-1", "--address", team.rays.dashboard)
+    assert said.code == 0, said
+    team.rays.wait_for(alive - 1)
 
 
 def test_a_cluster_that_cannot_carry_a_sweep_is_refused_before_anything_starts(

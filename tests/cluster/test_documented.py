@@ -8,8 +8,9 @@ import shlex
 
 import pytest
 
-from tests.cluster.conftest import Said, Team, WriteSweep, until
+from tests.cluster.conftest import Said, Team, WriteSweep
 from tests.cluster.rays import DOCUMENT
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 
@@ -54,7 +55,7 @@ def test_a_reader_of_the_page_gets_what_it_says(team: Team, write_sweep: WriteSw
     assert reader.types("launch search_spaces/rank_alpha.yaml --id mine").code == 0
     assert reader.types("status").code == 0
     assert "trial 1" in reader.types("logs mine")
-    until(lambda: team.checkpoints("mine"))
+    until(lambda: team.checkpoints("mine"), 300)
     assert reader.types("stop").code == 0
     stopped = json.loads(team.run("status", "mine", "--json"))
     assert stopped["state"] == "interrupted"

@@ -21,6 +21,7 @@ import pytest
 from tests.docker.bare import DOCKER, Bare, read_env
 from tests.faults.harness import SWEEP
 from tests.servers import INIT_SQL, MlflowWithAuth, Postgres, plain_environment
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 
@@ -330,7 +331,7 @@ def _a_second_machine_joins(person: Person) -> None:
     head = {address: port for address, port in person.bare.ports.items() if address[0] == "head"}
     person.second = Bare(variables, DOCKER / variables["COMPOSE_FILE"], head)
     person.follow("Second machine", person.second)
-    assert _nodes(person) == 3
+    until(lambda: _nodes(person) == 3)  # `ray status` tells what the head last looked up
     person.second.stop()
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.faults.conftest import MakePlace
 from tests.faults.harness import Place, is_in, same, same_results, tracked
-from tests.mlflow_server import until
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 

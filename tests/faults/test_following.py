@@ -21,7 +21,8 @@ import pytest
 from sweeps.signals import handled
 from tests.faults.conftest import MakePlace
 from tests.faults.harness import ROOT, SWEEP_ID, Place, is_in
-from tests.mlflow_server import Server, until
+from tests.mlflow_server import Server
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 

@@ -16,8 +16,9 @@ from sweepsvc.outbox import Outbox
 from sweepsvc.plain import PlainStudy
 from sweepsvc.protocols import Proposal
 from sweepsvc.recorder import MlflowRecorder
-from tests.mlflow_server import Server, until
+from tests.mlflow_server import Server
 from tests.sweepsvc.samples import result_of, sweep_of
+from tests.waiting import until
 
 pytestmark = pytest.mark.slow
 

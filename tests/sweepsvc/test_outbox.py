@@ -22,6 +22,7 @@ from sweepsvc.plain import PlainRecorder, PlainRun, PlainStudy
 from sweepsvc.protocols import Proposal, Report, SweepState
 from sweepsvc.tracklog import CHUNK_BYTES, Ended, Started, TrackLog
 from tests.sweepsvc.samples import result_of, sweep_of
+from tests.waiting import until
 
 
 class Tracker(PlainRecorder):
@@ -129,13 +130,6 @@ def refuse(call: str) -> None:
 
 def hang(call: str) -> None:
     threading.Event().wait()
-
-
-def until(is_so: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
-    while not is_so():
-        assert time.monotonic() < deadline, "waited 10 s in vain"
-        time.sleep(0.005)
 
 
 def log_file(folder: SweepFolder, trial: Proposal) -> Path:

@@ -23,7 +23,7 @@ from sweeps.spec import TrialSpec
 from sweeps.sweep import Resources
 from sweepsvc.plain import SerialScheduler
 from sweepsvc.protocols import Later, Proposal, Scheduler
-from sweepsvc.scheduler import CLIENT_TRIES, RayJobs, RayScheduler
+from sweepsvc.scheduler import ANSWER_TRIES, CLIENT_TRIES, RayJobs, RayScheduler
 from sweepsvc.worker import Kept
 from tests.scripted import COMPLETES, DIES, FAILS, HANGS, RAISES, ScriptedTrials
 
@@ -171,6 +171,35 @@ def test_a_worker_that_dies_is_a_lost_process_and_the_next_trial_runs(
     failure = notebook.results[0].failure
     assert failure is not None
     assert failure.kind == "process_lost"
+
+
+def look(asked: Path, deaths: int) -> str:
+    """What a machine says whose worker dies the first so many times that it is asked."""
+    with asked.open("a", encoding="utf-8") as file:
+        file.write("?")
+    if len(asked.read_text(encoding="utf-8")) <= deaths:
+        os._exit(1)
+    return "well"
+
+
+@pytest.mark.slow
+def test_a_machine_whose_worker_dies_is_asked_again(ray_scheduler: RayScheduler, tmp_path: Path) -> None:
+    answers = ray_scheduler.on_each_node(look, tmp_path / "asked", ANSWER_TRIES - 1)
+    assert list(answers.values()) == ["well"]
+
+
+@pytest.mark.slow
+def test_a_machine_whose_worker_always_dies_is_named(ray_scheduler: RayScheduler, tmp_path: Path) -> None:
+    asked = tmp_path / "asked"
+    with pytest.raises(CannotStart, match="every machine of the cluster must answer, got WorkerCrashedError"):
+        ray_scheduler.on_each_node(look, asked, ANSWER_TRIES)
+    assert len(asked.read_text(encoding="utf-8")) == ANSWER_TRIES
+
+
+@pytest.mark.slow
+def test_a_look_that_raises_is_not_tried_again(ray_scheduler: RayScheduler, tmp_path: Path) -> None:
+    with pytest.raises(CannotStart, match="got RayTaskError.* Is a directory"):
+        ray_scheduler.on_each_node(look, tmp_path, 0)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import math
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from sweepsvc.study import OptunaStudy, StudyReader, open_study
 from sweepsvc.view import outcome_text, progress_text
 from sweepsvc.watch import Changes, Newest, newer
 from tests.sweepsvc.samples import result_of, sweep_of
+from tests.waiting import until
 
 SPACE = 'space: {lora.r: [8, 32], lora.alpha: ["2*r", 1]}'
 
@@ -313,13 +314,6 @@ def test_a_tracker_that_is_away_is_said_once_and_once_that_it_is_back() -> None:
         "the tracker does not answer, what the study says goes on: refused: http://me:***@host",
         "the tracker answers again",
     ]
-
-
-def until(is_so: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 10
-    while not is_so():
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
 
 
 # --- following --------------------------------------------------------------------------------------
