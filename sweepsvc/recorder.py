@@ -50,6 +50,7 @@ from sweeps.space import field_value
 from sweeps.spec import FIELDS, DataSpec, TrialSpec
 from sweeps.sweep import Sweep
 from sweeps.trial.paths import TrialFolder
+from sweepsvc import database
 from sweepsvc.protocols import (
     History,
     Point,
@@ -66,9 +67,6 @@ T = TypeVar("T")
 
 LONGEST_PARAM, LONGEST_TAG, LONGEST_NAME = 6000, 8000, 250
 """Characters that MLflow holds; we cut, as it would, but without its warnings."""
-
-BUSY_SECONDS = 60
-"""How long one writer waits for another on the same SQLite file."""
 
 METRICS_IN_A_REQUEST = 1000
 """As many as MLflow takes."""
@@ -574,19 +572,15 @@ def _reaching(uri: str) -> Iterator[None]:
 
 
 def _connect(uri: str) -> MlflowClient:
-    file = sqlite_file(uri)
-    if file is not None:
-        _make_quick(file)
     # It says at length that it makes its tables; that takes seconds, once for each home.
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
-    return MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-def _make_quick(file: Path) -> None:
-    """Have the database append to a log: a fifth of the time for a write, and readers wait for nobody."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.closing(sqlite3.connect(file, timeout=BUSY_SECONDS)) as database:
-        database.execute("PRAGMA journal_mode=WAL")
+    file = sqlite_file(uri)
+    if file is None:
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+    with database.one_makes(file):
+        # Once for the file: later connections, which are MLflow's, do the same.
+        sqlite3.connect(file, **database.sqlite_options(for_writing=True)).close()
+        return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 
 @event.listens_for(Engine, "connect")

@@ -32,10 +32,8 @@ import gc
 import hashlib
 import json
 import logging
-import math
 import sqlite3
 import threading
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -49,14 +47,15 @@ from optuna.samplers import BaseSampler, CmaEsSampler, GPSampler, QMCSampler, Ra
 from optuna.storages import BaseStorage, InMemoryStorage, RDBStorage
 from optuna.trial import FrozenTrial, TrialState, create_trial
 from pydantic import ValidationError
-from sqlalchemy import Engine, bindparam, create_engine, event, text
-from sqlalchemy.exc import InvalidatePoolError, SQLAlchemyError
+from sqlalchemy import bindparam, text
+from sqlalchemy.exc import SQLAlchemyError
 
 from sweeps.errors import CannotContinue, CannotStart, TakenOver, UnknownSweep
 from sweeps.result import TrialResult
 from sweeps.space import Choices, Domain, Picks
 from sweeps.sweep import Sweep
 from sweeps.sweepfile import load_sweep_text
+from sweepsvc import database
 from sweepsvc.home import FORMAT
 from sweepsvc.owner import HEARTBEAT_SECONDS, named
 from sweepsvc.proposing import Asked, Proposer, Source, baseline_proposals
@@ -78,12 +77,6 @@ from sweepsvc.records import (
 from sweepsvc.urls import masked, sqlite_file
 
 log = logging.getLogger(__name__)
-
-BUSY_SECONDS = 60
-"""How long one writer waits for another on the same SQLite file."""
-
-IDLE_SECONDS = 1.0
-"""A connection to a server that lay unused for longer is tried before it is used."""
 
 _BASELINE = "baseline:"
 _STOP_ASKED = "stop_asked"
@@ -262,72 +255,15 @@ def _writing() -> Iterator[None]:
         ) from error
 
 
-class _QuickConnection(sqlite3.Connection):
-    """Appends to a write-ahead log: a write costs 1 ms, not 15, and readers never wait for the driver.
-
-    What is committed survives the death of the process. A power cut may take the last moments with it, and
-    leaves the database whole.
-    """
-
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.execute("PRAGMA journal_mode=WAL")
-        self.execute("PRAGMA synchronous=NORMAL")
-
-
 def _create_database(url: str) -> BaseStorage:
     file = sqlite_file(url)
     try:
         if file is None:
-            return _on_a_server(url)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        return RDBStorage(url, engine_kwargs={"connect_args": _quick_connection()})
+            return database.make_on_a_server(lambda: _on_a_server(url))
+        with database.one_makes(file):
+            return _in_a_file(url)
     except Exception as error:  # SQLAlchemy's, a driver's, the file system's: each of them means the same
         raise _unusable(url, error) from error
-
-
-def _quick_connection() -> dict[str, Any]:
-    return {"timeout": BUSY_SECONDS, "factory": _QuickConnection}
-
-
-def _on_a_server(url: str, **options: Any) -> RDBStorage:
-    storage = RDBStorage(url, **options)
-    _try_before_use(storage.engine)
-    return storage
-
-
-def _try_before_use(engine: Engine) -> None:
-    """A connection that a server has dropped, as when it restarts, is noticed before it is used.
-
-    SQLAlchemy's own `pool_pre_ping` asks the server before each use, also of a connection in steady use.
-    """
-
-    @event.listens_for(engine, "checkin")
-    def note_the_time(connection: Any, record: Any) -> None:
-        record.info["used"] = time.monotonic()
-
-    @event.listens_for(engine, "checkout")
-    def try_if_idle(connection: Any, record: Any, proxy: Any) -> None:
-        if time.monotonic() - record.info.get("used", -math.inf) < IDLE_SECONDS:
-            return
-        try:
-            engine.dialect.do_ping(connection)
-        except engine.dialect.loaded_dbapi.Error:
-            raise InvalidatePoolError from None  # SQLAlchemy then connects anew
-
-
-def _without_transactions(storage: BaseStorage) -> Engine | None:
-    """The database of `storage` for single statements, which need none; None where it is none of ours.
-
-    On a server of its own: there a connection that changes between the two costs a message each time.
-    """
-    if not isinstance(storage, RDBStorage):
-        return None
-    if storage.engine.dialect.name == "sqlite":
-        return storage.engine.execution_options(isolation_level="AUTOCOMMIT")
-    engine = create_engine(storage.engine.url, isolation_level="AUTOCOMMIT")
-    _try_before_use(engine)
-    return engine
 
 
 def _open_database(url: str, for_writing: bool = False) -> BaseStorage | None:
@@ -335,13 +271,23 @@ def _open_database(url: str, for_writing: bool = False) -> BaseStorage | None:
     file = sqlite_file(url)
     if file is not None and not file.exists():
         return None
-    connection = _quick_connection() if for_writing else {"timeout": BUSY_SECONDS}
     try:
         if file is None:
             return _on_a_server(url, skip_table_creation=True)
-        return RDBStorage(url, engine_kwargs={"connect_args": connection}, skip_table_creation=True)
+        return _in_a_file(url, for_writing, skip_table_creation=True)
     except Exception as error:
         raise _unusable(url, error) from error
+
+
+def _on_a_server(url: str, **options: Any) -> RDBStorage:
+    storage = RDBStorage(url, **options)
+    database.try_before_use(storage.engine)
+    return storage
+
+
+def _in_a_file(url: str, for_writing: bool = True, **options: Any) -> RDBStorage:
+    connect = database.sqlite_options(for_writing)
+    return RDBStorage(url, engine_kwargs={"connect_args": connect}, **options)
 
 
 def _release(storage: BaseStorage) -> None:
@@ -540,7 +486,9 @@ class OptunaStudy:
         self._sweep = sweep
         self._study = study
         self._storage = storage
-        self._engine = _without_transactions(storage)
+        self._engine = (
+            database.without_transactions(storage.engine) if isinstance(storage, RDBStorage) else None
+        )
         self._study_id = storage.get_study_id_from_name(study.study_name)
         self._owner = study.user_attrs["owner"]
         self._lost: TakenOver | None = None

@@ -10,7 +10,7 @@ import pytest
 from sqlalchemy import create_engine, event, text
 
 from sweeps.errors import TakenOver
-from sweepsvc import study as ledger
+from sweepsvc import database
 from sweepsvc.study import OptunaStudy, load_record, open_study
 from tests.servers import Postgres
 from tests.sweepsvc.samples import result_of, sweep_of
@@ -39,7 +39,7 @@ def run_a_trial(study: OptunaStudy) -> None:
 def test_a_connection_that_lay_unused_is_tried_before_it_is_used(
     postgres: Postgres, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger, "IDLE_SECONDS", 0.0)
+    monkeypatch.setattr(database, "IDLE_SECONDS", 0.0)
     study = open_study(SWEEP, "idle-1", postgres.study_url, {"owner": "me"})
     run_a_trial(study)
     postgres.stop()
@@ -51,7 +51,7 @@ def test_a_connection_that_lay_unused_is_tried_before_it_is_used(
 
 def test_one_in_steady_use_is_not(postgres: Postgres, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each question to the server is a message and an answer: they are what a trial costs there."""
-    monkeypatch.setattr(ledger, "IDLE_SECONDS", 3600.0)
+    monkeypatch.setattr(database, "IDLE_SECONDS", 3600.0)
     study = open_study(SWEEP, "steady-1", postgres.study_url, {"owner": "me"})
     run_a_trial(study)
     engines: list[Any] = [study._engine, study._storage.engine]  # type: ignore[attr-defined]  # a database has one

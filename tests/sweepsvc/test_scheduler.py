@@ -198,7 +198,7 @@ def test_a_machine_whose_worker_always_dies_is_named(ray_scheduler: RayScheduler
 
 @pytest.mark.slow
 def test_a_look_that_raises_is_not_tried_again(ray_scheduler: RayScheduler, tmp_path: Path) -> None:
-    with pytest.raises(CannotStart, match="got RayTaskError.* Is a directory"):
+    with pytest.raises(CannotStart, match=r"got RayTaskError.* Is a directory"):
         ray_scheduler.on_each_node(look, tmp_path, 0)
 
 

@@ -16,6 +16,7 @@ from optuna.storages import RDBStorage
 from sweeps.errors import CannotContinue, CannotStart, TakenOver
 from sweeps.result import TrialResult
 from sweeps.sweep import Sweep
+from sweepsvc import database
 from sweepsvc import study as study_module
 from sweepsvc.protocols import Proposal, SweepRecord
 from sweepsvc.study import (
@@ -257,7 +258,7 @@ def test_a_study_of_a_later_version_is_refused(url: str, monkeypatch: pytest.Mon
 def test_a_locked_database_is_a_clear_error_and_nothing_is_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(study_module, "BUSY_SECONDS", 0.1)
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.1)
     url = f"sqlite:///{tmp_path}/study.db"
     study = open_study(LISTED, "demo-1", url, FACTS)
     proposal = study.ask()

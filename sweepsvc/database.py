@@ -1,0 +1,114 @@
+"""Connections to the databases of the study and the tracker: an SQLite file, or a server."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import math
+import os
+import sqlite3
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.exc import IntegrityError, InvalidatePoolError
+
+T = TypeVar("T")
+
+BUSY_SECONDS = 60.0
+"""How long one writer waits for another on the same SQLite file."""
+
+IDLE_SECONDS = 1.0
+"""A connection to a server that lay unused for longer is tried before it is used."""
+
+MAKERS = 10
+"""How many may make the tables of one new database on a server at once."""
+
+
+def append_to_log(connection: sqlite3.Connection) -> None:
+    """Have the file's writes go to a log of its own: 1 ms, not 15, and readers never wait for the driver.
+
+    What is committed survives the death of the process. A power cut may take the last moments with it, and
+    leaves the database whole.
+    """
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
+
+
+class _AppendsToLog(sqlite3.Connection):
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        append_to_log(self)
+
+
+def sqlite_options(for_writing: bool) -> dict[str, Any]:
+    """What `sqlite3.connect` is given."""
+    factory = {"factory": _AppendsToLog} if for_writing else {}
+    return {"timeout": BUSY_SECONDS, **factory}
+
+
+@contextlib.contextmanager
+def one_makes(file: Path) -> Iterator[None]:
+    """Others wait who are about to make a database in the same folder, which is made.
+
+    SQLite, Optuna and MLflow let several make one at once, and all but one of them fail. On a file system
+    that knows no locks nobody waits.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(folder)
+
+
+def make_on_a_server(make: Callable[[], T]) -> T:
+    """What `make` gives, which makes the tables of a database that lacks them.
+
+    Of several that find the same new database one makes each table, and the others fail: they look again.
+    """
+    for _ in range(MAKERS - 1):
+        try:
+            return make()
+        except Exception as error:  # a database says it in its own way
+            if not isinstance(error, IntegrityError) and "already exists" not in str(error):
+                raise
+            time.sleep(0.05)
+    return make()
+
+
+def try_before_use(engine: Engine) -> None:
+    """A connection that a server has dropped, as when it restarts, is noticed before it is used.
+
+    SQLAlchemy's own `pool_pre_ping` asks the server before each use, also of a connection in steady use.
+    """
+
+    @event.listens_for(engine, "checkin")
+    def note_the_time(connection: Any, record: Any) -> None:
+        record.info["used"] = time.monotonic()
+
+    @event.listens_for(engine, "checkout")
+    def try_if_idle(connection: Any, record: Any, proxy: Any) -> None:
+        if time.monotonic() - record.info.get("used", -math.inf) < IDLE_SECONDS:
+            return
+        try:
+            engine.dialect.do_ping(connection)
+        except engine.dialect.loaded_dbapi.Error:
+            raise InvalidatePoolError from None  # SQLAlchemy then connects anew
+
+
+def without_transactions(engine: Engine) -> Engine:
+    """The same database for single statements, which need none.
+
+    On a server an engine of its own: there a connection that changes between the two costs a message each
+    time.
+    """
+    if engine.dialect.name == "sqlite":
+        return engine.execution_options(isolation_level="AUTOCOMMIT")
+    single = create_engine(engine.url, isolation_level="AUTOCOMMIT")
+    try_before_use(single)
+    return single
