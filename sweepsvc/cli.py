@@ -7,6 +7,7 @@ failed; 4 interrupted, can be resumed; 1 a fault of ours.
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sweeps.collecting import importing
 from sweeps.errors import CannotContinue, CannotStart, InvalidSweep, TrialError, UnknownSweep
 
 if TYPE_CHECKING:
@@ -104,7 +106,8 @@ def launch(
     place = _home(home, storage)
     place.check()
 
-    from sweepsvc import session
+    with importing():
+        from sweepsvc import session
 
     name = sweep_id or new_sweep_id(sweep.name)
     if rehearse:
@@ -154,7 +157,8 @@ def resume(
         errand = remote.resume_errand(sweep, selection, options, remote.Place(home, storage))
         raise typer.Exit(remote.send(errand, elsewhere, detach))
 
-    from sweepsvc import session
+    with importing():
+        from sweepsvc import session
 
     asked = session.Asked(selection, add_trials, as_launched, take_over, session.Joined(address))
     _exit_as(lambda: session.resume(sweep, _home(home, storage), asked))
@@ -446,3 +450,5 @@ def main() -> None:
     except CannotContinue as error:
         print(error, file=sys.stderr)
         sys.exit(INTERRUPTED)
+    finally:
+        gc.freeze()  # else the process looks through all that it imported once more before it ends

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
+from sweeps.collecting import importing
 from sweeps.errors import CannotStart
 from sweeps.sweep import Sweep
 from sweeps.sweepfile import load_sweep_text
@@ -195,7 +196,8 @@ def _from_anywhere(sweep_id: str) -> str:
 
 def drive(file: Path, task_names: Callable[[str | None], Collection[str]]) -> SweepRecord:
     """Carry out the errand in `file`, as the driver; how the sweep stands at the end."""
-    from sweepsvc import session
+    with importing():
+        from sweepsvc import session
 
     errand = _Sent.model_validate_json(file.read_text(encoding="utf-8")).errand
     os.chdir("/")  # Ray removes a job's working folder while the job runs

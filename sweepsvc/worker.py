@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Protocol
 
+from sweeps.collecting import importing
 from sweeps.errors import Interrupted, TrialError, failure_class
 from sweeps.result import Failure, Progress, TrialResult
 from sweeps.spec import TrialSpec
@@ -70,11 +71,12 @@ class Worker:
     ) -> None:
         if on_cpu:  # Ray leaves the GPUs visible to an actor that asked for none
             os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        if threads:
-            import torch
+        with importing():
+            if threads:
+                import torch
 
-            torch.set_num_threads(threads)
-        self._runner: Runner = _named(runner)()
+                torch.set_num_threads(threads)
+            self._runner: Runner = _named(runner)()
         self._checkpoint_minutes = checkpoint_minutes
         self._kept = Kept(**kept)
         self._storage: Storage | None = None

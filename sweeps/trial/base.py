@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils import logging as transformers_logging
 
+from sweeps.collecting import without_collecting
 from sweeps.errors import BadModel
 from sweeps.spec import ModelSpec
 from sweeps.trial import gguf
@@ -132,7 +133,8 @@ def import_bitsandbytes() -> Any:
     # None makes an import fail, which typeshed leaves out of the type of what is imported.
     sys.modules["kernels"] = None  # type: ignore[assignment]
     try:
-        import bitsandbytes
+        with without_collecting():
+            import bitsandbytes
     finally:
         complaints.setLevel(level)
         del sys.modules["kernels"]
