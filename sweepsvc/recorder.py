@@ -41,6 +41,8 @@ from mlflow.entities import (
     RunTag,
 )
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+from mlflow.utils.uri import add_databricks_profile_info_to_artifact_uri
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
@@ -109,7 +111,9 @@ class MlflowRecorder:
         self._facts = {name: masked(fact) for name, fact in facts.items()}
         self._parent: str | None = None
         self._is_open = False
-        self._new: set[str] = set()  # runs that were made here, with no end recorded
+        self._new: dict[
+            str, str
+        ] = {}  # runs that were made here, with no end recorded: their artifacts' place
 
     def open(self) -> None:
         """Open the sweep's parent run, or the one it has again; `CannotStart` if the store cannot be used."""
@@ -260,7 +264,7 @@ class MlflowRecorder:
                 run_name=run_name(proposal),
                 tags=self._trial_tags(proposal, attempt),
             )
-            self._new.add(str(run.info.run_id))
+            self._new[str(run.info.run_id)] = str(run.info.artifact_uri)
         else:
             self._reopen(run, attempt)
         self._add_params(run, trial_params(proposal))
@@ -304,7 +308,7 @@ class MlflowRecorder:
         """Record the final numbers and artifacts, and close the trial's run, whatever an earlier end said."""
         # To read a run is a third of what its end costs, and one that was made here holds no end yet.
         run = None if run_id in self._new else self._client.get_run(run_id)
-        self._new.discard(run_id)
+        place = self._new.pop(run_id) if run is None else str(run.info.artifact_uri)
         tags = _result_tags(result)
         try:
             self._client.log_batch(
@@ -315,7 +319,7 @@ class MlflowRecorder:
             for name in _stale_tags(run, tags):
                 self._client.delete_tag(run_id, name)
             self._log_data(run_id, proposal.spec, result)
-            self._log_artifacts(run_id, TrialFolder(folder), result)
+            self._log_artifacts(run_id, place, TrialFolder(folder), result)
         finally:
             self._client.set_terminated(run_id, _RUN_STATUS[result.outcome], end_time=at_ms)
 
@@ -341,12 +345,15 @@ class MlflowRecorder:
             )
             self._client.log_inputs(run_id, [used])
 
-    def _log_artifacts(self, run_id: str, files: TrialFolder, result: TrialResult) -> None:
+    def _log_artifacts(self, run_id: str, place: str, files: TrialFolder, result: TrialResult) -> None:
+        # `MlflowClient.log_artifact` would read the run for its place.
+        uri = add_databricks_profile_info_to_artifact_uri(place, self._uri)
+        artifacts = get_artifact_repository(uri, tracking_uri=self._uri)
         for file in (files.spec, files.result, files.evaluation):
             if file.exists():
-                self._client.log_artifact(run_id, str(file))
+                artifacts.log_artifact(str(file))
         if files.adapter.is_dir():
-            self._client.log_artifacts(run_id, str(files.adapter), files.adapter.name)
+            artifacts.log_artifacts(str(files.adapter), files.adapter.name)
         if result.failure is not None:
             self._client.log_text(run_id, result.failure.traceback, TRACEBACK)
 

@@ -17,6 +17,7 @@ from types import FrameType
 
 from pydantic import ValidationError
 
+from sweeps.collecting import importing
 from sweeps.errors import Interrupted, TrialError
 from sweeps.result import Progress, TrialResult
 from sweeps.signals import handled
@@ -40,8 +41,9 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(given: argparse.Namespace, spec: TrialSpec, asked: _StopOnSignal) -> int:
-    from sweeps.trial.base import Resident  # seconds of imports, after the input is known to be good
-    from sweeps.trial.run import run_trial
+    with importing():  # for seconds, after the input is known to be good
+        from sweeps.trial.base import Resident
+        from sweeps.trial.run import run_trial
 
     files = TrialFolder(given.folder)
     if given.from_scratch and not _forget(files):

@@ -18,6 +18,8 @@ import mlflow
 import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
+from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
 
@@ -422,6 +424,24 @@ def test_the_data_is_an_input_with_its_digest(
     assert run_of(uri, sweep, proposals[0]).inputs.dataset_inputs == []  # a baseline reads no data
 
 
+def test_a_run_that_was_made_here_is_never_read(
+    recorder: MlflowRecorder, proposals: list[Proposal], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It costs as much as a third of the rest, be it read by us or by MLflow's client."""
+    real, read = SqlAlchemyStore.get_run, []
+
+    def reading(store: SqlAlchemyStore, run_id: str) -> Any:
+        read.append(run_id)
+        return real(store, run_id)
+
+    monkeypatch.setattr(SqlAlchemyStore, "get_run", reading)
+    run_id = recorder.start(proposals[1], first=True)
+    recorder.end(run_id, proposals[1], result_of("completed", 0.5), folder)
+    assert read == []
+    recorder.end(run_id, proposals[1], result_of("completed", 0.5), folder)
+    assert read == [run_id]
+
+
 def test_a_run_ends_even_if_an_artifact_cannot_be_kept(
     recorder: MlflowRecorder,
     uri: str,
@@ -433,7 +453,7 @@ def test_a_run_ends_even_if_an_artifact_cannot_be_kept(
     def no_space(*_: Any) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(MlflowClient, "log_artifact", no_space)
+    monkeypatch.setattr(LocalArtifactRepository, "log_artifact", no_space)
     run_id = recorder.start(proposals[1])
     with pytest.raises(OSError, match="no space left"):
         recorder.end(run_id, proposals[1], result_of("completed", 0.5), folder)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 from mlflow.entities import Metric, ViewType
+from mlflow.store.artifact.local_artifact_repo import LocalArtifactRepository
 
 from sweeps.result import Progress, TrialResult
 from sweeps.sweep import Sweep
@@ -153,20 +154,22 @@ def writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The names of the writing calls that reach MLflow."""
     seen: list[str] = []
 
-    def watch(name: str) -> None:
-        real = getattr(MlflowClient, name)
+    def watch(kind: type, name: str) -> None:
+        real = getattr(kind, name)
 
-        def watched(client: MlflowClient, *arguments: Any, **named: Any) -> Any:
+        def watched(target: Any, *arguments: Any, **named: Any) -> Any:
             seen.append(name)
-            return real(client, *arguments, **named)
+            return real(target, *arguments, **named)
 
-        monkeypatch.setattr(MlflowClient, name, watched)
+        monkeypatch.setattr(kind, name, watched)
 
     for name in (
         *("create_run", "delete_run", "update_run", "set_terminated", "set_tag", "delete_tag"),
-        *("log_batch", "log_inputs", "log_text", "log_artifact", "log_artifacts"),
+        *("log_batch", "log_inputs"),
     ):
-        watch(name)
+        watch(MlflowClient, name)
+    for name in ("log_artifact", "log_artifacts"):
+        watch(LocalArtifactRepository, name)
     return seen
 
 
