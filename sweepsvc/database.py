@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import fcntl
 import math
@@ -11,8 +12,9 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakSet
 
-from sqlalchemy import Engine, create_engine, event
+from sqlalchemy import Connection, Engine, create_engine, event
 from sqlalchemy.exc import IntegrityError, InvalidatePoolError
 
 T = TypeVar("T")
@@ -25,6 +27,25 @@ IDLE_SECONDS = 1.0
 
 MAKERS = 10
 """How many may make the tables of one new database on a server at once."""
+
+
+_used: WeakSet[Engine] = WeakSet()
+
+
+@event.listens_for(Engine, "engine_connect")
+def _note(connection: Connection) -> None:
+    _used.add(connection.engine)
+
+
+@atexit.register
+def close_all() -> None:
+    """Close what lies unused of every database of this process, MLflow's too, which closes none of them.
+
+    The last connection to an SQLite file folds its log into it. Left to the end of the process, that is left
+    to chance.
+    """
+    for engine in list(_used):
+        engine.dispose()
 
 
 def append_to_log(connection: sqlite3.Connection) -> None:

@@ -45,6 +45,7 @@ from mlflow.store.artifact.artifact_repository_registry import get_artifact_repo
 from mlflow.utils.uri import add_databricks_profile_info_to_artifact_uri
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
+from sqlalchemy.exc import SQLAlchemyError
 
 from sweeps.errors import CannotStart
 from sweeps.result import TrialResult
@@ -568,7 +569,7 @@ def _reaching(uri: str) -> Iterator[None]:
     """A store that does not answer, or refuses, is something that a person can mend."""
     try:
         yield
-    except (MlflowException, OSError, sqlite3.Error) as error:
+    except (MlflowException, OSError, sqlite3.Error, SQLAlchemyError) as error:
         reason = masked(str(error).strip().partition("\n")[0])
         raise CannotStart(
             f"the MLflow store must be reachable, got {masked(uri)}: {reason}; "
@@ -581,7 +582,7 @@ def _connect(uri: str) -> MlflowClient:
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     file = sqlite_file(uri)
     if file is None:
-        return MlflowClient(tracking_uri=uri, registry_uri=uri)
+        return database.make_on_a_server(lambda: MlflowClient(tracking_uri=uri, registry_uri=uri))
     with database.one_makes(file):
         # Once for the file: later connections, which are MLflow's, do the same.
         sqlite3.connect(file, **database.sqlite_options(for_writing=True)).close()

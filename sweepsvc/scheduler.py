@@ -68,6 +68,9 @@ ANSWER_TRIES = 3
 """How often a node is asked that failed to run a check: one that has just joined, or one that is gone, which
 Ray notices after some 15 seconds."""
 
+ANSWER_PAUSE_SECONDS = 2.0
+"""How long after that it is asked again: the other machines may not know yet of one that has just joined."""
+
 MOST_PENDING = 1024
 """Trials that Tune may have waiting for a worker: more than are ever placed at once."""
 
@@ -152,7 +155,8 @@ class RayScheduler:
         """
         heard: dict[Node, T] = {}
         failed: dict[Node, RayError] = {}
-        for _ in range(ANSWER_TRIES):
+        for tries in range(ANSWER_TRIES):
+            time.sleep(ANSWER_PAUSE_SECONDS if tries else 0)
             failed.clear()
             for node, answer in _ask(work, arguments, [node for node in self.nodes() if node not in heard]):
                 try:

@@ -100,6 +100,8 @@ def test_one_kind_of_gpu_is_kept_to(team: Team, write_sweep: WriteSweep) -> None
     ended = [line for line in said.splitlines() if "completed:" in line]
     order = [line for line in said.splitlines() if line in (*started, *ended)]
     assert [line in started for line in order] == [True, False] * 3, "one at a time: there is one such node"
+    team.rays.nodes["kind"].kill()
+    team.rays.wait_for(3)
 
 
 def test_a_machine_that_has_just_gone_keeps_no_sweep_from_starting(
@@ -107,12 +109,14 @@ def test_a_machine_that_has_just_gone_keeps_no_sweep_from_starting(
 ) -> None:
     """Ray takes it for alive for some 15 seconds more."""
     alive = team.rays.count_alive()
-    team.rays.nodes["kind"].kill()
-    assert team.rays.count_alive() == alive
+    team.rays.add("gone")
+    team.rays.wait_for(alive + 1)
+    team.rays.nodes["gone"].kill()
+    assert team.rays.count_alive() == alive + 1
     file = write_sweep(team, "gone", steps=4, trials=1)
     said = team.run("launch", str(file), "--id", "gone-1", "--address", team.rays.dashboard)
     assert said.code == 0, said
-    team.rays.wait_for(alive - 1)
+    team.rays.wait_for(alive)
 
 
 def test_a_cluster_that_cannot_carry_a_sweep_is_refused_before_anything_starts(

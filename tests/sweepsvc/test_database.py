@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 
 from sweepsvc import database
 from tests.servers import ROOT, Postgres, plain_environment
+
+ENVIRONMENT = {**plain_environment(), "PYTHONPATH": str(ROOT)}
 
 AT_ONCE = """
 import sys
@@ -31,7 +34,7 @@ def make_at_once(what: str, url: str, count: int = 3) -> list[str]:
     makers = [
         subprocess.Popen(
             [sys.executable, "-c", AT_ONCE.format(make=MAKE[what]), url],
-            env={**plain_environment(), "PYTHONPATH": str(ROOT)},
+            env=ENVIRONMENT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -39,14 +42,18 @@ def make_at_once(what: str, url: str, count: int = 3) -> list[str]:
         )
         for _ in range(count)
     ]
-    for maker in makers:
-        assert maker.stdout is not None
-        assert maker.stdout.readline() == "ready\n"
-    for maker in makers:
-        assert maker.stdin is not None
-        maker.stdin.write("\n")
-        maker.stdin.flush()
-    return [maker.communicate(timeout=120)[1].strip().rpartition("\n")[2] for maker in makers]
+    try:
+        for maker in makers:
+            assert maker.stdout is not None
+            assert maker.stdout.readline() == "ready\n"
+        for maker in makers:
+            assert maker.stdin is not None
+            maker.stdin.write("\n")
+            maker.stdin.flush()
+        return [maker.communicate(timeout=120)[1].strip()[-600:] for maker in makers]
+    finally:
+        for maker in makers:
+            maker.kill()
 
 
 @pytest.mark.slow
@@ -56,17 +63,51 @@ def test_the_first_sweeps_of_a_home_may_be_launched_at_once(what: str, tmp_path:
 
 
 @pytest.mark.slow
-def test_the_first_sweeps_of_a_team_may_be_launched_at_once() -> None:
+@pytest.mark.parametrize("what", MAKE)
+def test_the_first_sweeps_of_a_team_may_be_launched_at_once(what: str) -> None:
     with Postgres() as postgres:
-        assert make_at_once("study", postgres.study_url) == [""] * 3
+        url = {"study": postgres.study_url, "tracker": postgres.mlflow_url}[what]
+        assert make_at_once(what, url) == [""] * 3
 
 
 def test_nobody_waits_for_ever_for_who_makes_a_database(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(database, "BUSY_SECONDS", 0.1)
-    with database.one_makes(tmp_path / "new.db"), database.one_makes(tmp_path / "new.db"):
-        pass
+    def seconds() -> float:
+        began = time.monotonic()
+        with database.one_makes(tmp_path / "new.db"):
+            return time.monotonic() - began
+
+    monkeypatch.setattr(database, "BUSY_SECONDS", 0.5)
+    with database.one_makes(tmp_path / "another.db"):
+        assert seconds() >= 0.5
+    assert seconds() < 0.5
+
+
+def test_at_the_end_of_a_process_each_database_is_one_file(tmp_path: Path) -> None:
+    """Python collects nothing then, and it is MLflow's and the study's own affair that they close nothing."""
+    code = f"""
+import gc
+from sweeps.collecting import importing
+with importing():
+    import sweepsvc.session
+from pathlib import Path
+from sweepsvc.recorder import MlflowRecorder
+from sweepsvc.study import load_record, open_study
+from tests.sweepsvc.samples import sweep_of
+sweep = sweep_of("sampler: grid, space: {{lora.r: [4, 8]}}")
+study = open_study(sweep, "one", "sqlite:///{tmp_path}/study.db", {{"owner": "me"}})
+recorder = MlflowRecorder(sweep, "one", "sqlite:///{tmp_path}/mlflow.db", Path("{tmp_path}/artifacts"), {{}})
+recorder.open()
+recorder.start(study.ask())
+assert len(list(Path("{tmp_path}").glob("*.db-wal"))) == 2
+gc.freeze()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(file.name for file in tmp_path.glob("*.db*")) == ["mlflow.db", "study.db"]
 
 
 def test_tables_that_somebody_else_makes_are_looked_for_again() -> None:
