@@ -48,20 +48,23 @@ def close_all() -> None:
         engine.dispose()
 
 
-def append_to_log(connection: sqlite3.Connection) -> None:
-    """Have the file's writes go to a log of its own: 1 ms, not 15, and readers never wait for the driver.
+@event.listens_for(Engine, "connect")
+def _do_not_wait_for_the_disk(connection: Any, record: Any) -> None:
+    """Halves the time of a write, MLflow's too.
 
     What is committed survives the death of the process. A power cut may take the last moments with it, and
     leaves the database whole.
     """
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
+    if isinstance(connection, sqlite3.Connection):
+        connection.execute("PRAGMA synchronous=NORMAL")
 
 
 class _AppendsToLog(sqlite3.Connection):
+    """Writes go to a log of the file's own: 1 ms, not 15, and readers never wait for the driver."""
+
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        append_to_log(self)
+        self.execute("PRAGMA journal_mode=WAL")
 
 
 def sqlite_options(for_writing: bool) -> dict[str, Any]:

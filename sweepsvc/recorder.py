@@ -43,8 +43,6 @@ from mlflow.entities import (
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.uri import add_databricks_profile_info_to_artifact_uri
-from sqlalchemy import event
-from sqlalchemy.engine import Engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from sweeps.errors import CannotStart
@@ -587,13 +585,6 @@ def _connect(uri: str) -> MlflowClient:
         # Once for the file: later connections, which are MLflow's, do the same.
         sqlite3.connect(file, **database.sqlite_options(for_writing=True)).close()
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
-
-
-@event.listens_for(Engine, "connect")
-def _do_not_wait_for_the_disk(connection: Any, record: Any) -> None:
-    """Halves the time of a write. A power cut may take the last moments of a copy, and leaves it whole."""
-    if isinstance(connection, sqlite3.Connection):
-        connection.execute("PRAGMA synchronous=NORMAL")
 
 
 def _is_server(uri: str) -> bool:

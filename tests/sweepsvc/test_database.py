@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError, OperationalError
 
 from sweepsvc import database
 from tests.servers import ROOT, Postgres, plain_environment
+from tests.waiting import let_go_at_once
 
 ENVIRONMENT = {**plain_environment(), "PYTHONPATH": str(ROOT)}
 
@@ -43,13 +44,7 @@ def make_at_once(what: str, url: str, count: int = 3) -> list[str]:
         for _ in range(count)
     ]
     try:
-        for maker in makers:
-            assert maker.stdout is not None
-            assert maker.stdout.readline() == "ready\n"
-        for maker in makers:
-            assert maker.stdin is not None
-            maker.stdin.write("\n")
-            maker.stdin.flush()
+        let_go_at_once(makers)
         return [maker.communicate(timeout=120)[1].strip()[-600:] for maker in makers]
     finally:
         for maker in makers:

@@ -269,15 +269,15 @@ def test_a_recorder_that_fails_for_a_while_is_said_once_and_then_gets_everything
 ) -> None:
     box = Outbox(tracker, folder)
     box.start(trials[0], 1)
-    until(lambda: tracker.runs)
+    until(lambda: tracker.runs, 10)
     tracker.before = refuse
     whole_trial(box, trials[1])
     box.report(trials[0], step(1))
     box.end(trials[0], result_of("completed", 0.5))
     tried = len(tracker.calls)
-    until(lambda: len(tracker.calls) > tried + 4)
+    until(lambda: len(tracker.calls) > tried + 4, 10)
     tracker.before = lambda call: None
-    until(lambda: len(tracker.outcomes) == 2)
+    until(lambda: len(tracker.outcomes) == 2, 10)
     box.close("completed")
     failed, answers = box.notes()
     assert failed.startswith("the tracker fails: ConnectionError: no route to http://me:***@host for ")
@@ -403,10 +403,10 @@ def test_a_run_that_was_taken_away_is_replaced_by_one_with_the_whole_history(
     box = Outbox(tracker, folder)
     box.start(trials[0], 1)
     box.report(trials[0], step(1))
-    until(lambda: tracker.runs and tracker.losses("0"))
+    until(lambda: tracker.runs and tracker.losses("0"), 10)
     del tracker.runs["run-0"]
     box.report(trials[0], step(2))
-    until(lambda: tracker.runs and len(tracker.losses("0")) == 2)
+    until(lambda: tracker.runs and len(tracker.losses("0")) == 2, 10)
     box.end(trials[0], result_of("completed", 0.5))
     box.close("completed")
     assert tracker.losses("0") == [(1, -1.0), (2, -2.0)]
@@ -448,7 +448,7 @@ def test_a_torn_last_line_is_cut_off_and_the_rest_goes_on(
     killed = Outbox(tracker, folder)
     killed.start(trials[0], 1)
     killed.report(trials[0], step(1))
-    until(lambda: tracker.calls)  # from here on its thread does nothing more
+    until(lambda: tracker.calls, 10)  # from here on its thread does nothing more
     with log_file(folder, trials[0]).open("ab") as log:
         log.write(b'{"at_ms": 17, "what": "rep')
     tracker.before = lambda call: None

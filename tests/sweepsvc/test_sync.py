@@ -165,7 +165,7 @@ def writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     for name in (
         *("create_run", "delete_run", "update_run", "set_terminated", "set_tag", "delete_tag"),
-        *("log_batch", "log_inputs"),
+        *("log_batch", "log_inputs", "log_text"),
     ):
         watch(MlflowClient, name)
     for name in ("log_artifact", "log_artifacts"):

@@ -282,6 +282,8 @@ def test_the_seconds_that_are_left_are_told_by_the_pace_between_two_looks() -> N
     [first] = newer({}, numbers(20, 2.5), 390)
     [second] = newer(numbers(20, 2.5), numbers(30, 2.0, at_ms=25_000), 390)
     assert (first.seconds_left, second.seconds_left) == (None, 0.5 * 360)
+    [resumed] = newer(numbers(20, 2.5), numbers(15, 2.6, at_ms=90_000), 390)  # it goes on from before
+    assert resumed.seconds_left is None
 
 
 def test_final_numbers_are_no_report() -> None:
@@ -308,7 +310,7 @@ def test_a_tracker_that_is_away_is_said_once_and_once_that_it_is_back() -> None:
             assert tracker.asked.wait(10)
         tracker.numbers["run-0"] = numbers(1, 2.0)
         tracker.trouble = ""
-        until(lambda: heard() == (2, 1))
+        until(lambda: heard() == (2, 1), 10)
     assert found["0"]["train.loss"].value == 2.0
     assert notes == [
         "the tracker does not answer, what the study says goes on: refused: http://me:***@host",

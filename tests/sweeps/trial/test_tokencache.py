@@ -16,6 +16,7 @@ from sweeps.spec import DataSpec
 from sweeps.trial import tokencache
 from sweeps.trial.data import encode, read_rows, tokenize
 from tests.tiny import alpaca_rows, make_tokenizer
+from tests.waiting import let_go_at_once
 
 
 @pytest.fixture(autouse=True)
@@ -221,13 +222,7 @@ def workers(alpaca_rows_file: Path) -> Iterator[list[subprocess.Popen[str]]]:
 def test_of_processes_that_need_the_same_at_once_one_makes_it_and_all_have_it(
     workers: list[subprocess.Popen[str]], alpaca_rows_file: Path, cache: Path
 ) -> None:
-    for worker in workers:
-        assert worker.stdout is not None
-        assert worker.stdout.readline() == "ready\n"
-    for worker in workers:
-        assert worker.stdin is not None
-        worker.stdin.write("go\n")
-        worker.stdin.flush()
+    let_go_at_once(workers)
     said = [worker.communicate(timeout=60)[0].split() for worker in workers]
     spec = DataSpec(path=str(alpaca_rows_file))
     digest = tokenize(read_rows(spec), spec, Letters()).digest
